@@ -1,0 +1,40 @@
+from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml.backend cimport Backend
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor
+
+
+cdef class CGraph:
+    cdef c.ggml_cgraph * _ptr
+    cdef readonly Context ctx
+    cdef readonly int size
+    cdef object _supported_by
+    cdef c.ggml_cgraph * ptr(self) except NULL
+    cdef int _check_supported(self, Backend backend) except -1
+
+
+cdef class GAllocr(Owner):
+    cdef c.ggml_gallocr_t _ptr
+    cdef object _graph
+
+
+cdef class Sched(Owner):
+    cdef c.ggml_backend_sched_t _ptr
+    cdef readonly list backends
+
+
+cdef class TensorTable:
+    cdef readonly list tensors
+    cdef readonly object signature
+    cdef Py_ssize_t n
+    cdef void ** _data
+    cdef c.ggml_backend_buffer ** _buffers
+    cdef list _owners
+
+
+cdef class Slots:
+    cdef readonly CGraph graph
+    cdef readonly TensorTable table
+    cdef list _tensors
+    cdef Py_ssize_t n, n_views
+    cdef c.ggml_tensor ** _slots
+    cdef c.ggml_tensor ** _views

@@ -1,0 +1,382 @@
+"""Graphs, what allocates and computes them, and slots: leaves that can be pointed at other tensors' data."""
+
+from libc.stdlib cimport calloc, free, malloc
+
+from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml.backend cimport Backend, BufferType
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, release
+from pyggml_adapt.ggml.status cimport check
+
+from pyggml_adapt.errors import AllocError, BackendError, ClosedError, ShapeError
+from pyggml_adapt.ggml.status import last_log
+
+
+cdef int count(c.ggml_tensor * tensor) except -1:
+    """Return how many tensors `tensor` is computed from, itself included."""
+    cdef c.ggml_tensor * t
+    cdef int i
+    cdef list todo = [<size_t> tensor]
+    cdef set seen = set(todo)
+    while todo:
+        t = <c.ggml_tensor *> <size_t> todo.pop()
+        for i in range(c.GGML_MAX_SRC):
+            if t.src[i] != NULL and <size_t> t.src[i] not in seen:
+                seen.add(<size_t> t.src[i])
+                todo.append(<size_t> t.src[i])
+    return len(seen)
+
+
+cdef class CGraph:
+    """Borrow a graph that lives in a Context: the nodes to compute, in order.
+
+    size: the most nodes and leaves that it can take.
+    Raises: AllocError if the Context has no room, see Context.size_for.
+    Wraps: ggml_new_graph_custom.
+    """
+
+    def __cinit__(self, Context ctx not None, int size=2048):
+        if size < 1:
+            raise ShapeError(f"CGraph: a graph of {size} nodes")
+        if c.ggml_used_mem(ctx.ptr()) + c.ggml_graph_overhead_custom(size, False) > ctx.mem_size:
+            raise AllocError(f"Context of {ctx.mem_size} bytes has no room for a graph of {size} nodes")
+        self.ctx = ctx
+        self.size = size
+        self._ptr = c.ggml_new_graph_custom(ctx.ptr(), size, False)
+
+    cdef c.ggml_cgraph * ptr(self) except NULL:
+        self.ctx.ptr()
+        return self._ptr
+
+    def expand(self, Tensor tensor not None):
+        """Add `tensor` and everything that it is computed from, unless they are in the graph already.
+
+        Raises: AllocError if the graph may be too small: ggml would abort.
+        Wraps: ggml_build_forward_expand.
+        """
+        cdef c.ggml_tensor * t = tensor.ptr()
+        if tensor.ctx is not self.ctx:
+            raise ShapeError(f"expand: tensor {tensor.name!r} belongs to another Context than the graph")
+        self.ptr()
+        if self.ctx.uses_foreign or c.ggml_used_mem(self.ctx._ptr) // c.ggml_tensor_overhead() > <size_t> self.size:
+            if c.ggml_graph_n_nodes(self._ptr) + count(t) > self.size:
+                raise AllocError(f"a graph of {self.size} nodes may be too small for {tensor.name!r} and its operands")
+        self._supported_by = None
+        c.ggml_build_forward_expand(self._ptr, t)
+        return tensor
+
+    @property
+    def n_nodes(self):
+        """Return how many nodes it has.  Wraps: ggml_graph_n_nodes."""
+        return c.ggml_graph_n_nodes(self.ptr())
+
+    def node(self, int i):
+        """Return node i; negative counts from the end.
+
+        Raises: IndexError.  Wraps: ggml_graph_node.
+        """
+        cdef int n = c.ggml_graph_n_nodes(self.ptr())
+        if not -n <= i < n:
+            raise IndexError(f"node {i} of a graph of {n} nodes")
+        return self.ctx.wrap(c.ggml_graph_node(self._ptr, i))
+
+    def tensor(self, str name not None):
+        """Return the node or leaf with this name, or None.  Wraps: ggml_graph_get_tensor."""
+        cdef c.ggml_tensor * t = c.ggml_graph_get_tensor(self.ptr(), name.encode())
+        return None if t == NULL else self.ctx.wrap(t)
+
+    cdef int _check_supported(self, Backend backend) except -1:
+        """Raise unless the backend can compute every node; remembered until the graph grows."""
+        cdef c.ggml_tensor * t
+        cdef int i
+        if self._supported_by is backend:
+            return 0
+        for i in range(c.ggml_graph_n_nodes(self._ptr)):
+            t = c.ggml_graph_node(self._ptr, i)
+            if not c.ggml_backend_supports_op(backend.ptr(), t):
+                raise BackendError(f"{backend.name} cannot compute {self.ctx.wrap(t)!r} "
+                                   f"from {[self.ctx.wrap(t.src[k]) for k in range(c.GGML_MAX_SRC) if t.src[k]]}")
+            if t.data == NULL:
+                raise ClosedError(f"tensor {self.ctx.wrap(t).name!r} is not allocated: use GAllocr or Sched first")
+        self._supported_by = backend
+        return 0
+
+    def compute(self, Backend backend not None, *tables):
+        """Compute every node.  Releases the GIL.
+
+        tables: the TensorTables that slots of this graph are bound to, kept open meanwhile.
+        Raises: ClosedError if an owner of a tensor was closed, BackendError if the backend cannot compute a node,
+        ComputeAborted if the backend's abort flag was set.
+        Wraps: ggml_backend_graph_compute.
+        """
+        cdef c.ggml_cgraph * graph = self.ptr()
+        cdef c.ggml_backend_t b = backend.ptr()
+        cdef c.ggml_status status
+        cdef list owners = [self.ctx, backend]
+        self._check_supported(backend)
+        for table in tables:
+            owners += (<TensorTable?> table)._owners
+        owners = acquire(owners)
+        try:
+            with nogil:
+                status = c.ggml_backend_graph_compute(b, graph)
+        finally:
+            release(owners)
+        check(status, "graph compute")
+
+    def __repr__(self):
+        return f"<CGraph of {self.n_nodes} nodes>"
+
+
+cdef class GAllocr(Owner):
+    """Own the memory of the nodes of one graph.
+
+    One allocator serves one graph: ggml's takes a tensor that has data for allocated, so an allocator that moved on
+    to another graph would leave the first one's nodes dangling.
+    Wraps: ggml_gallocr_new, ggml_gallocr_free.
+    """
+
+    def __cinit__(self, BufferType buffer_type not None):
+        self._ptr = c.ggml_gallocr_new(buffer_type._ptr)
+        if self._ptr == NULL:
+            raise AllocError("ggml_gallocr_new failed")
+
+    def __dealloc__(self):
+        self._release()
+
+    cdef bint _is_open(self) noexcept:
+        return self._ptr != NULL
+
+    cdef void _release(self) noexcept:
+        if self._ptr != NULL:
+            c.ggml_gallocr_free(self._ptr)
+            self._ptr = NULL
+
+    def alloc_graph(self, CGraph graph not None):
+        """Allocate every node and input of `graph` that has no data.
+
+        Raises: AllocError when there is not enough memory, BackendError for a second graph.
+        Wraps: ggml_gallocr_alloc_graph.
+        """
+        cdef c.ggml_cgraph * g = graph.ptr()
+        cdef bint ok
+        self.check()
+        if self._graph is not None:
+            raise BackendError("alloc_graph: this allocator serves another graph already")
+        self._graph = graph._ptr != NULL
+        with nogil:
+            ok = c.ggml_gallocr_alloc_graph(self._ptr, g)
+        if not ok:
+            raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
+        graph.ctx.depend_on(self)
+
+    @property
+    def nbytes(self):
+        """Return the bytes that were allocated.  Wraps: ggml_gallocr_get_buffer_size."""
+        self.check()
+        return c.ggml_gallocr_get_buffer_size(self._ptr, 0)
+
+
+cdef class Sched(Owner):
+    """Own the allocation and execution of graphs over several backends; the last must be a CPU's.
+
+    Wraps: ggml_backend_sched_new, ggml_backend_sched_free.
+    """
+
+    def __cinit__(self, backends, int graph_size=2048):
+        cdef c.ggml_backend_t ptrs[16]
+        self.backends = list(backends)
+        if not 1 <= len(self.backends) <= 16:
+            raise BackendError(f"Sched: {len(self.backends)} backends, not 1 to 16")
+        for i, backend in enumerate(self.backends):
+            ptrs[i] = (<Backend?> backend).ptr()
+            self.depend_on(backend)
+        if (<Backend> self.backends[-1]).device.backend_name != "CPU":
+            raise BackendError("Sched: the last backend must be a CPU backend")
+        self._ptr = c.ggml_backend_sched_new(ptrs, NULL, len(self.backends), graph_size, False, True)
+        if self._ptr == NULL:
+            raise AllocError("ggml_backend_sched_new failed")
+
+    def __dealloc__(self):
+        self._release()
+
+    cdef bint _is_open(self) noexcept:
+        return self._ptr != NULL
+
+    cdef void _release(self) noexcept:
+        if self._ptr != NULL:
+            c.ggml_backend_sched_free(self._ptr)
+            self._ptr = NULL
+
+    def alloc_graph(self, CGraph graph not None):
+        """Divide `graph` over the backends and allocate it.
+
+        Raises: AllocError when there is not enough memory.
+        Wraps: ggml_backend_sched_reset, ggml_backend_sched_alloc_graph.
+        """
+        cdef c.ggml_cgraph * g = graph.ptr()
+        cdef bint ok
+        self.check()
+        c.ggml_backend_sched_reset(self._ptr)
+        with nogil:
+            ok = c.ggml_backend_sched_alloc_graph(self._ptr, g)
+        if not ok:
+            raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
+        graph.ctx.depend_on(self)
+
+    def compute(self, CGraph graph not None, *tables):
+        """Compute a graph that alloc_graph allocated.  Releases the GIL.
+
+        Raises: as CGraph.compute.
+        Wraps: ggml_backend_sched_graph_compute.
+        """
+        cdef c.ggml_cgraph * g = graph.ptr()
+        cdef c.ggml_status status
+        self.check()
+        cdef list owners = [graph.ctx, self]
+        for table in tables:
+            owners += (<TensorTable?> table)._owners
+        owners = acquire(owners)
+        try:
+            with nogil:
+                status = c.ggml_backend_sched_graph_compute(self._ptr, g)
+        finally:
+            release(owners)
+        check(status, "sched graph compute")
+
+    @property
+    def n_splits(self):
+        """Return into how many parts the last graph was divided.  Wraps: ggml_backend_sched_get_n_splits."""
+        self.check()
+        return c.ggml_backend_sched_get_n_splits(self._ptr)
+
+
+_signatures = {}  # one object for each signature, so that tables compare by identity
+
+
+cdef class TensorTable:
+    """The data that slots point at: one allocated tensor for each slot, in the slots' order.
+
+    tensors: Tensors that have data; they and their buffers stay alive with the table.
+    """
+
+    def __cinit__(self, tensors):
+        cdef Py_ssize_t i
+        cdef Tensor tensor
+        cdef c.ggml_tensor * t
+        self.tensors = list(tensors)
+        self.n = len(self.tensors)
+        self._data = <void **> calloc(self.n + 1, sizeof(void *))
+        self._buffers = <c.ggml_backend_buffer **> calloc(self.n + 1, sizeof(void *))
+        if self._data == NULL or self._buffers == NULL:
+            raise MemoryError
+        owners = set()
+        for i in range(self.n):
+            tensor = <Tensor?> self.tensors[i]
+            t = tensor.with_data()
+            self._data[i] = t.data
+            self._buffers[i] = t.buffer
+            owners.add(tensor.ctx)
+        self._owners = list(owners)
+        signature = tuple([(each.type, each.ne) for each in self.tensors])
+        self.signature = _signatures.setdefault(signature, signature)
+
+    def __dealloc__(self):
+        free(self._data)
+        free(self._buffers)
+
+    def __len__(self):
+        return self.n
+
+
+cdef class Slots:
+    """Leaves of one graph whose data is elsewhere, and can be exchanged without building the graph again.
+
+    ggml keeps addresses in tensors, so a graph computes with other weights as soon as its leaves, and the views of
+    them, point at other memory of the same type and shape.
+    """
+
+    def __cinit__(self, CGraph graph not None):
+        self.graph = graph
+        self._tensors = []
+
+    def __dealloc__(self):
+        free(self._slots)
+        free(self._views)
+
+    def add(self, Tensor source not None):
+        """Return a new leaf with the type, shape and name of `source`, pointing at its data.
+
+        Raises: ClosedError if the source has no data, BackendError after seal().
+        """
+        cdef c.ggml_tensor * s = source.with_data()
+        if self._slots != NULL:
+            raise BackendError("Slots.add: the slots are sealed")
+        cdef Tensor leaf = self.graph.ctx.new_tensor(source.type, source.ne, source.name)
+        leaf._ptr.data = s.data
+        leaf._ptr.buffer = s.buffer
+        self.graph.ctx.depend_on(source.ctx)
+        self._tensors.append((leaf, source))
+        return leaf
+
+    def seal(self):
+        """Record the slots and their views, once the graph is complete and allocated, and bind them to their sources.
+
+        From here on the graph's Context keeps only the bound table's tensors alive.
+        """
+        cdef Py_ssize_t i
+        cdef int k, n_nodes = c.ggml_graph_n_nodes(self.graph.ptr())
+        cdef c.ggml_tensor * t
+        self.n = len(self._tensors)
+        self._slots = <c.ggml_tensor **> malloc((self.n + 1) * sizeof(void *))
+        self._views = <c.ggml_tensor **> malloc((n_nodes + 1) * sizeof(void *))
+        if self._slots == NULL or self._views == NULL:
+            raise MemoryError
+        roots = set()
+        for i in range(self.n):
+            self._slots[i] = (<Tensor> self._tensors[i][0])._ptr
+            roots.add(<size_t> self._slots[i])
+        for k in range(n_nodes):
+            t = c.ggml_graph_node(self.graph._ptr, k)
+            if t.view_src != NULL and <size_t> t.view_src in roots:
+                self._views[self.n_views] = t
+                self.n_views += 1
+        sources = [source for _, source in self._tensors]
+        for source in sources:
+            self.graph.ctx._uses.discard((<Tensor> source).ctx)
+        self._tensors = [leaf for leaf, _ in self._tensors]
+        self.table = TensorTable(sources)
+
+    def bind(self, TensorTable table not None):
+        """Point the slots at the tensors of `table`, if they do not point there already.
+
+        Raises: ShapeError if a type or shape differs from the slot's.
+        """
+        cdef Py_ssize_t i
+        cdef c.ggml_tensor * t
+        if table is self.table:
+            return
+        if self._slots == NULL:
+            raise BackendError("Slots.bind: the slots are not sealed yet")
+        if table.signature is not self.table.signature:
+            raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
+                             f"{self._first_difference(table)}")
+        self.graph.ctx.ptr()
+        for i in range(self.n):
+            self._slots[i].data = table._data[i]
+            self._slots[i].buffer = table._buffers[i]
+        for i in range(self.n_views):
+            t = self._views[i]
+            t.data = <char *> t.view_src.data + t.view_offs
+            t.buffer = t.view_src.buffer
+        self.table = table
+
+    def _first_difference(self, TensorTable table):
+        if table.n != self.n:
+            return f"{table.n} tensors for {self.n} slots"
+        for slot, tensor in zip(self._tensors, table.tensors):
+            if (slot.type, slot.ne) != (tensor.type, tensor.ne):
+                return f"{tensor!r} for {slot!r}"
+        return "none"  # unreachable: equal signatures are one object
+
+    def __len__(self):
+        return len(self._tensors)

@@ -1,0 +1,283 @@
+"""What we call of ggml.h, ggml-alloc.h, ggml-backend.h and ggml-cpu.h; nothing else is declared."""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t
+
+cdef extern from "stdbool.h" nogil:
+    ctypedef bint bool
+
+cdef extern from "ggml.h" nogil:
+    enum: GGML_MAX_DIMS
+    enum: GGML_MAX_NAME
+    enum: GGML_MAX_SRC
+    enum: GGML_MAX_N_THREADS
+    enum: GGML_ROPE_TYPE_NORMAL
+    enum: GGML_ROPE_TYPE_NEOX
+    enum: GGML_ROPE_TYPE_MROPE
+    enum: GGML_ROPE_TYPE_VISION
+    enum: GGML_ROPE_TYPE_IMROPE
+
+    enum ggml_status:
+        GGML_STATUS_ALLOC_FAILED
+        GGML_STATUS_FAILED
+        GGML_STATUS_SUCCESS
+        GGML_STATUS_ABORTED
+
+    enum ggml_type:
+        GGML_TYPE_F32
+        GGML_TYPE_F16
+        GGML_TYPE_BF16
+        GGML_TYPE_F64
+        GGML_TYPE_I8
+        GGML_TYPE_I16
+        GGML_TYPE_I32
+        GGML_TYPE_I64
+        GGML_TYPE_COUNT
+
+    enum ggml_op:
+        GGML_OP_NONE
+
+    enum ggml_prec:
+        GGML_PREC_F32
+
+    enum ggml_op_hint:
+        GGML_HINT_SRC0_IS_HADAMARD
+
+    enum ggml_sort_order:
+        GGML_SORT_ORDER_ASC
+        GGML_SORT_ORDER_DESC
+
+    enum ggml_log_level:
+        GGML_LOG_LEVEL_NONE
+        GGML_LOG_LEVEL_DEBUG
+        GGML_LOG_LEVEL_INFO
+        GGML_LOG_LEVEL_WARN
+        GGML_LOG_LEVEL_ERROR
+        GGML_LOG_LEVEL_CONT
+
+    struct ggml_context:
+        pass
+    struct ggml_cgraph:
+        pass
+    struct ggml_backend_buffer:
+        pass
+
+    struct ggml_init_params:
+        size_t mem_size
+        void * mem_buffer
+        bool no_alloc
+
+    struct ggml_tensor:
+        ggml_type type
+        ggml_backend_buffer * buffer
+        int64_t ne[4]
+        size_t nb[4]
+        ggml_op op
+        ggml_tensor * src[10]
+        ggml_tensor * view_src
+        size_t view_offs
+        void * data
+        char name[64]
+
+    ctypedef void (*ggml_to_float_t)(const void * x, float * y, int64_t k)
+
+    struct ggml_type_traits:
+        const char * type_name
+        int64_t blck_size
+        size_t type_size
+        bool is_quantized
+        ggml_to_float_t to_float
+
+    ctypedef void (*ggml_log_callback)(ggml_log_level level, const char * text, void * user_data) noexcept nogil
+    ctypedef bool (*ggml_abort_callback)(void * data) noexcept nogil
+
+    const char * ggml_version()
+    const char * ggml_status_to_string(ggml_status status)
+    void ggml_log_set(ggml_log_callback log_callback, void * user_data)
+
+    const ggml_type_traits * ggml_get_type_traits(ggml_type type)
+    const char * ggml_type_name(ggml_type type)
+    int64_t ggml_blck_size(ggml_type type)
+    size_t ggml_type_size(ggml_type type)
+    size_t ggml_row_size(ggml_type type, int64_t ne)
+    bool ggml_is_quantized(ggml_type type)
+    bool ggml_quantize_requires_imatrix(ggml_type type)
+    size_t ggml_quantize_chunk(ggml_type type, const float * src, void * dst, int64_t start, int64_t nrows,
+                               int64_t n_per_row, const float * imatrix)
+
+    ggml_context * ggml_init(ggml_init_params params)
+    void ggml_free(ggml_context * ctx)
+    size_t ggml_used_mem(const ggml_context * ctx)
+    size_t ggml_tensor_overhead()
+    size_t ggml_graph_overhead_custom(size_t size, bool grads)
+
+    ggml_tensor * ggml_new_tensor(ggml_context * ctx, ggml_type type, int n_dims, const int64_t * ne)
+    ggml_tensor * ggml_set_name(ggml_tensor * tensor, const char * name)
+    void ggml_set_input(ggml_tensor * tensor)
+    void ggml_set_output(ggml_tensor * tensor)
+
+    const char * ggml_op_desc(const ggml_tensor * t)
+    size_t ggml_nbytes(const ggml_tensor * tensor)
+    int64_t ggml_nelements(const ggml_tensor * tensor)
+    int64_t ggml_nrows(const ggml_tensor * tensor)
+    int ggml_n_dims(const ggml_tensor * tensor)
+    bool ggml_is_contiguous(const ggml_tensor * tensor)
+    bool ggml_is_contiguous_rows(const ggml_tensor * tensor)
+    bool ggml_is_transposed(const ggml_tensor * tensor)
+    bool ggml_is_permuted(const ggml_tensor * tensor)
+    bool ggml_are_same_shape(const ggml_tensor * t0, const ggml_tensor * t1)
+    bool ggml_can_repeat(const ggml_tensor * t0, const ggml_tensor * t1)
+
+    ggml_tensor * ggml_add(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    ggml_tensor * ggml_add_id(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * ids)
+    ggml_tensor * ggml_mul(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    ggml_tensor * ggml_div(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    ggml_tensor * ggml_sum_rows(ggml_context * ctx, ggml_tensor * a)
+    ggml_tensor * ggml_concat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, int dim)
+    ggml_tensor * ggml_silu(ggml_context * ctx, ggml_tensor * a)
+    ggml_tensor * ggml_swiglu_split(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    ggml_tensor * ggml_rms_norm(ggml_context * ctx, ggml_tensor * a, float eps)
+    ggml_tensor * ggml_mul_mat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    bool ggml_prec_set_acc(ggml_tensor * a, ggml_prec prec)
+    void ggml_mul_mat_set_hint(ggml_tensor * a, ggml_op_hint hint)
+    ggml_tensor * ggml_mul_mat_id(ggml_context * ctx, ggml_tensor * as_, ggml_tensor * b, ggml_tensor * ids)
+    ggml_tensor * ggml_scale(ggml_context * ctx, ggml_tensor * a, float s)
+    ggml_tensor * ggml_clamp(ggml_context * ctx, ggml_tensor * a, float min, float max)
+    ggml_tensor * ggml_cast(ggml_context * ctx, ggml_tensor * a, ggml_type type)
+    ggml_tensor * ggml_cont(ggml_context * ctx, ggml_tensor * a)
+    ggml_tensor * ggml_cont_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3)
+    ggml_tensor * ggml_reshape_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
+                                  int64_t ne3)
+    ggml_tensor * ggml_view_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
+                               int64_t ne3, size_t nb1, size_t nb2, size_t nb3, size_t offset)
+    ggml_tensor * ggml_permute(ggml_context * ctx, ggml_tensor * a, int axis0, int axis1, int axis2, int axis3)
+    ggml_tensor * ggml_transpose(ggml_context * ctx, ggml_tensor * a)
+    ggml_tensor * ggml_get_rows(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    ggml_tensor * ggml_set_rows(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c)
+    ggml_tensor * ggml_soft_max(ggml_context * ctx, ggml_tensor * a)
+    ggml_tensor * ggml_soft_max_ext(ggml_context * ctx, ggml_tensor * a, ggml_tensor * mask, float scale,
+                                    float max_bias)
+    ggml_tensor * ggml_rope_ext(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, int n_dims,
+                                int mode, int n_ctx_orig, float freq_base, float freq_scale, float ext_factor,
+                                float attn_factor, float beta_fast, float beta_slow)
+    ggml_tensor * ggml_argsort_top_k(ggml_context * ctx, ggml_tensor * a, int k)
+    ggml_tensor * ggml_flash_attn_ext(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+                                      ggml_tensor * mask, float scale, float max_bias, float logit_softcap)
+
+    ggml_cgraph * ggml_new_graph_custom(ggml_context * ctx, size_t size, bool grads)
+    void ggml_build_forward_expand(ggml_cgraph * cgraph, ggml_tensor * tensor)
+    int ggml_graph_size(ggml_cgraph * cgraph)
+    int ggml_graph_n_nodes(ggml_cgraph * cgraph)
+    ggml_tensor * ggml_graph_node(ggml_cgraph * cgraph, int i)
+    ggml_tensor * ggml_graph_get_tensor(const ggml_cgraph * cgraph, const char * name)
+
+    struct ggml_threadpool:
+        pass
+
+    struct ggml_threadpool_params:
+        int n_threads
+        uint32_t poll
+
+    ggml_threadpool_params ggml_threadpool_params_default(int n_threads)
+
+cdef extern from "ggml-alloc.h" nogil:
+    struct ggml_gallocr:
+        pass
+    struct ggml_backend_buffer_type:
+        pass
+    ctypedef ggml_gallocr * ggml_gallocr_t
+    ctypedef ggml_backend_buffer_type * ggml_backend_buffer_type_t
+    ggml_gallocr_t ggml_gallocr_new(ggml_backend_buffer_type_t buft)
+    void ggml_gallocr_free(ggml_gallocr_t galloc)
+    bool ggml_gallocr_alloc_graph(ggml_gallocr_t galloc, ggml_cgraph * graph)
+    size_t ggml_gallocr_get_buffer_size(ggml_gallocr_t galloc, int buffer_id)
+
+cdef extern from "ggml-backend.h" nogil:
+    struct ggml_backend:
+        pass
+    struct ggml_backend_device:
+        pass
+    struct ggml_backend_reg:
+        pass
+    struct ggml_backend_sched:
+        pass
+    ctypedef ggml_backend_buffer * ggml_backend_buffer_t
+    ctypedef ggml_backend * ggml_backend_t
+    ctypedef ggml_backend_device * ggml_backend_dev_t
+    ctypedef ggml_backend_reg * ggml_backend_reg_t
+    ctypedef ggml_backend_sched * ggml_backend_sched_t
+
+    enum ggml_backend_buffer_usage:
+        GGML_BACKEND_BUFFER_USAGE_ANY
+        GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+        GGML_BACKEND_BUFFER_USAGE_COMPUTE
+
+    enum ggml_backend_dev_type:
+        GGML_BACKEND_DEVICE_TYPE_CPU
+        GGML_BACKEND_DEVICE_TYPE_GPU
+        GGML_BACKEND_DEVICE_TYPE_IGPU
+        GGML_BACKEND_DEVICE_TYPE_ACCEL
+        GGML_BACKEND_DEVICE_TYPE_META
+
+    const char * ggml_backend_buft_name(ggml_backend_buffer_type_t buft)
+    ggml_backend_buffer_t ggml_backend_buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
+    size_t ggml_backend_buft_get_alignment(ggml_backend_buffer_type_t buft)
+    size_t ggml_backend_buft_get_max_size(ggml_backend_buffer_type_t buft)
+    bool ggml_backend_buft_is_host(ggml_backend_buffer_type_t buft)
+
+    void ggml_backend_buffer_free(ggml_backend_buffer_t buffer)
+    void * ggml_backend_buffer_get_base(ggml_backend_buffer_t buffer)
+    size_t ggml_backend_buffer_get_size(ggml_backend_buffer_t buffer)
+    size_t ggml_backend_buffer_get_alloc_size(ggml_backend_buffer_t buffer, const ggml_tensor * tensor)
+    bool ggml_backend_buffer_is_host(ggml_backend_buffer_t buffer)
+    void ggml_backend_buffer_clear(ggml_backend_buffer_t buffer, unsigned char value)
+    void ggml_backend_buffer_set_usage(ggml_backend_buffer_t buffer, ggml_backend_buffer_usage usage)
+    ggml_backend_buffer_type_t ggml_backend_buffer_get_type(ggml_backend_buffer_t buffer)
+    ggml_status ggml_backend_tensor_alloc(ggml_backend_buffer_t buffer, ggml_tensor * tensor, void * addr)
+    void ggml_backend_tensor_set(ggml_tensor * tensor, const void * data, size_t offset, size_t size)
+    void ggml_backend_tensor_get(const ggml_tensor * tensor, void * data, size_t offset, size_t size)
+
+    const char * ggml_backend_name(ggml_backend_t backend)
+    void ggml_backend_free(ggml_backend_t backend)
+    ggml_status ggml_backend_graph_compute(ggml_backend_t backend, ggml_cgraph * cgraph)
+    bool ggml_backend_supports_op(ggml_backend_t backend, const ggml_tensor * op)
+
+    const char * ggml_backend_dev_name(ggml_backend_dev_t device)
+    const char * ggml_backend_dev_description(ggml_backend_dev_t device)
+    void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total)
+    ggml_backend_dev_type ggml_backend_dev_get_type "ggml_backend_dev_type" (ggml_backend_dev_t device)
+    ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t device)
+    ggml_backend_t ggml_backend_dev_init(ggml_backend_dev_t device, const char * params)
+    ggml_backend_buffer_type_t ggml_backend_dev_buffer_type(ggml_backend_dev_t device)
+    const char * ggml_backend_reg_name(ggml_backend_reg_t reg)
+    void * ggml_backend_reg_get_proc_address(ggml_backend_reg_t reg, const char * name)
+    size_t ggml_backend_reg_count()
+    ggml_backend_reg_t ggml_backend_reg_get(size_t index)
+    size_t ggml_backend_dev_count()
+    ggml_backend_dev_t ggml_backend_dev_get(size_t index)
+    ggml_backend_buffer_t ggml_backend_cpu_buffer_from_ptr(void * ptr, size_t size)
+
+    ctypedef void (*ggml_backend_set_n_threads_t)(ggml_backend_t backend, int n_threads)
+    ctypedef void (*ggml_backend_set_abort_callback_t)(ggml_backend_t backend, ggml_abort_callback callback,
+                                                       void * data)
+
+    struct ggml_backend_feature:
+        const char * name
+        const char * value
+    ctypedef ggml_backend_feature * (*ggml_backend_get_features_t)(ggml_backend_reg_t reg)
+
+    ggml_backend_sched_t ggml_backend_sched_new(ggml_backend_t * backends, ggml_backend_buffer_type_t * bufts,
+                                                int n_backends, size_t graph_size, bool parallel, bool op_offload)
+    void ggml_backend_sched_free(ggml_backend_sched_t sched)
+    bool ggml_backend_sched_alloc_graph(ggml_backend_sched_t sched, ggml_cgraph * graph)
+    ggml_status ggml_backend_sched_graph_compute(ggml_backend_sched_t sched, ggml_cgraph * graph)
+    void ggml_backend_sched_reset(ggml_backend_sched_t sched)
+    int ggml_backend_sched_get_n_splits(ggml_backend_sched_t sched)
+    size_t ggml_backend_sched_get_buffer_size(ggml_backend_sched_t sched, ggml_backend_t backend)
+
+cdef extern from "ggml-cpu.h" nogil:
+    ggml_threadpool * ggml_threadpool_new(ggml_threadpool_params * params)
+    void ggml_threadpool_free(ggml_threadpool * threadpool)
+    bool ggml_backend_is_cpu(ggml_backend_t backend)
+    void ggml_backend_cpu_set_n_threads(ggml_backend_t backend, int n_threads)
+    void ggml_backend_cpu_set_threadpool(ggml_backend_t backend, ggml_threadpool * threadpool)
+    void ggml_backend_cpu_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data)

@@ -1,0 +1,489 @@
+"""One function per ggml op: each returns a new Tensor in `ctx`, to be computed by a graph.
+
+ggml ends the process when an op's precondition fails; each is checked here first and raised as ShapeError or
+DTypeError.  Operands may live in other contexts; these then stay alive with `ctx`.
+"""
+
+from libc.math cimport INFINITY
+from libc.stdint cimport int64_t
+
+from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml.context cimport Context, Tensor
+
+from pyggml_adapt.errors import DTypeError, ShapeError
+from pyggml_adapt.ggml.enums import Type
+
+
+cdef inline Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tensor d=None, Tensor e=None):
+    """Return t as a Tensor of ctx, which then keeps its operands' contexts alive."""
+    keep(ctx, a)
+    if b is not None:
+        keep(ctx, b)
+    if d is not None:
+        keep(ctx, d)
+    if e is not None:
+        keep(ctx, e)
+    return ctx.wrap(t)
+
+
+cdef inline int keep(Context ctx, Tensor operand) except -1:
+    if operand.ctx is not ctx:
+        ctx.depend_on(operand.ctx)
+        ctx.uses_foreign = True
+    return 0
+
+
+cdef object bad_shape(str op, str why, operands):
+    shapes = ", ".join(f"{name} {list((<Tensor> t).ne)}" for name, t in operands if t is not None)
+    return ShapeError(f"{op}: {why} ({shapes})")
+
+
+cdef object bad_type(str op, str why, operands):
+    types = ", ".join(f"{name} {(<Tensor> t).type.name}" for name, t in operands if t is not None)
+    return DTypeError(f"{op}: {why} ({types})")
+
+
+cdef inline bint is_float(c.ggml_tensor * t) noexcept nogil:
+    return t.type == c.GGML_TYPE_F32 or t.type == c.GGML_TYPE_F16
+
+
+cdef int check_rows(str op, Tensor a) except -1:
+    """Check that a is F32 with contiguous rows, as the row-wise ops need."""
+    cdef c.ggml_tensor * pa = a.ptr()
+    if pa.type != c.GGML_TYPE_F32:
+        raise bad_type(op, "a must be F32", [("a", a)])
+    if not c.ggml_is_contiguous_rows(pa):
+        raise bad_shape(op, "the rows of a must be contiguous", [("a", a)])
+    return 0
+
+
+ctypedef c.ggml_tensor * (*binary_op)(c.ggml_context *, c.ggml_tensor *, c.ggml_tensor *)
+
+
+cdef Tensor binary(str op, binary_op call, Context ctx, Tensor a, Tensor b):
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    if not c.ggml_can_repeat(pb, pa):
+        raise bad_shape(op, "b does not broadcast to a", [("a", a), ("b", b)])
+    if not is_float(pb) or not (is_float(pa) or c.ggml_is_quantized(pa.type)):
+        raise bad_type(op, "unsupported types", [("a", a), ("b", b)])
+    if c.ggml_is_quantized(pa.type) and not op == "add":
+        raise bad_type(op, "a must be F32 or F16", [("a", a), ("b", b)])
+    return result(ctx, call(ctx.room(1), pa, pb), a, b)
+
+
+def add(Context ctx not None, Tensor a not None, Tensor b not None):
+    """Return a + b, shape of a; b is broadcast.
+
+    Raises: ShapeError if b's dimensions do not divide a's.
+    Wraps: ggml_add.
+    """
+    return binary("add", c.ggml_add, ctx, a, b)
+
+
+def mul(Context ctx not None, Tensor a not None, Tensor b not None):
+    """Return a * b element by element, shape of a; b is broadcast.
+
+    Raises: ShapeError if b's dimensions do not divide a's.
+    Wraps: ggml_mul.
+    """
+    return binary("mul", c.ggml_mul, ctx, a, b)
+
+
+def div(Context ctx not None, Tensor a not None, Tensor b not None):
+    """Return a / b element by element, shape of a; b is broadcast.
+
+    Raises: ShapeError if b's dimensions do not divide a's.
+    Wraps: ggml_div.
+    """
+    return binary("div", c.ggml_div, ctx, a, b)
+
+
+def scale(Context ctx not None, Tensor a not None, float s):
+    """Return a times the number s, shape of a.  a: F32, contiguous.  Wraps: ggml_scale."""
+    check_rows("scale", a)
+    if not c.ggml_is_contiguous(a.ptr()):
+        raise bad_shape("scale", "a must be contiguous", [("a", a)])
+    return result(ctx, c.ggml_scale(ctx.room(1), a.ptr(), s), a)
+
+
+def clamp(Context ctx not None, Tensor a not None, float min, float max=INFINITY):
+    """Return a, in place, with its elements limited to [min, max].  Wraps: ggml_clamp."""
+    check_rows("clamp", a)
+    return result(ctx, c.ggml_clamp(ctx.room(1), a.ptr(), min, max), a)
+
+
+def sum_rows(Context ctx not None, Tensor a not None):
+    """Return the sums along ne0, F32 [1, a.ne1, a.ne2, a.ne3].  Wraps: ggml_sum_rows."""
+    check_rows("sum_rows", a)
+    return result(ctx, c.ggml_sum_rows(ctx.room(1), a.ptr()), a)
+
+
+def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
+    """Return a followed by b along dimension dim (0 to 3).
+
+    Raises: ShapeError if another dimension differs, DTypeError if the types do.
+    Wraps: ggml_concat.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    if not 0 <= dim < c.GGML_MAX_DIMS:
+        raise ShapeError(f"concat: dim {dim} is not 0 to 3")
+    if pa.type != pb.type or c.ggml_is_quantized(pa.type):
+        raise bad_type("concat", "both must have one unquantised type", [("a", a), ("b", b)])
+    for i in range(4):
+        if i != dim and pa.ne[i] != pb.ne[i]:
+            raise bad_shape("concat", f"ne{i} differs", [("a", a), ("b", b)])
+    return result(ctx, c.ggml_concat(ctx.room(1), pa, pb, dim), a, b)
+
+
+def silu(Context ctx not None, Tensor a not None):
+    """Return a * sigmoid(a), shape of a.  Wraps: ggml_silu."""
+    check_rows("silu", a)
+    return result(ctx, c.ggml_silu(ctx.room(1), a.ptr()), a)
+
+
+def swiglu_split(Context ctx not None, Tensor a not None, Tensor b not None):
+    """Return silu(a) * b, shape of a.
+
+    Raises: ShapeError unless a and b have one shape and contiguous rows.
+    Wraps: ggml_swiglu_split.
+    """
+    check_rows("swiglu_split", a)
+    check_rows("swiglu_split", b)
+    if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
+        raise bad_shape("swiglu_split", "shapes differ", [("a", a), ("b", b)])
+    return result(ctx, c.ggml_swiglu_split(ctx.room(1), a.ptr(), b.ptr()), a, b)
+
+
+def rms_norm(Context ctx not None, Tensor a not None, float eps):
+    """Return each row of a divided by its root mean square (eps added under the root).  Wraps: ggml_rms_norm."""
+    check_rows("rms_norm", a)
+    if not eps >= 0:
+        raise ShapeError(f"rms_norm: eps {eps} is negative")
+    return result(ctx, c.ggml_rms_norm(ctx.room(1), a.ptr(), eps), a)
+
+
+cdef int check_weights(str op, c.ggml_tensor * pa, c.ggml_tensor * pb, operands) except -1:
+    if pa.ne[0] != pb.ne[0]:
+        raise bad_shape(op, "ne0 differs", operands)
+    if pa.nb[0] > pa.nb[1] or pa.nb[0] != c.ggml_type_size(pa.type):
+        raise bad_shape(op, "the first operand must not be transposed", operands)
+    if not (is_float(pb) or pb.type == c.GGML_TYPE_BF16):
+        raise bad_type(op, "the second operand must be F32, F16 or BF16", operands)
+    return 0
+
+
+def mul_mat(Context ctx not None, Tensor a not None, Tensor b not None):
+    """Return b times a-transposed as F32 [a.ne1, b.ne1, b.ne2, b.ne3].
+
+    a: weights [k, m, ...], any type, not transposed.  b: activations [k, n, ...].
+    Raises: ShapeError if k differs or b is not a multiple of a in ne2/ne3.
+    Wraps: ggml_mul_mat.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    check_weights("mul_mat", pa, pb, [("a", a), ("b", b)])
+    if pa.ne[2] == 0 or pa.ne[3] == 0 or pb.ne[2] % pa.ne[2] or pb.ne[3] % pa.ne[3]:
+        raise bad_shape("mul_mat", "b is not a multiple of a in ne2 and ne3", [("a", a), ("b", b)])
+    return result(ctx, c.ggml_mul_mat(ctx.room(1), pa, pb), a, b)
+
+
+def mul_mat_set_prec_f32(Tensor a not None):
+    """Return a, the result of mul_mat or flash_attn_ext, to be accumulated in F32.  Wraps: ggml_prec_set_acc."""
+    if not c.ggml_prec_set_acc(a.ptr(), c.GGML_PREC_F32):
+        raise ShapeError(f"mul_mat_set_prec_f32: the op {a.op} has no such setting")
+    return a
+
+
+def mul_mat_set_hadamard(Tensor a not None):
+    """Return a, a result of mul_mat whose first operand is a Hadamard matrix.  Wraps: ggml_mul_mat_set_hint."""
+    if a.op != "MUL_MAT":
+        raise ShapeError(f"mul_mat_set_hadamard: {a.op} is not MUL_MAT")
+    c.ggml_mul_mat_set_hint(a.ptr(), c.GGML_HINT_SRC0_IS_HADAMARD)
+    return a
+
+
+def mul_mat_id(Context ctx not None, Tensor as_ not None, Tensor b not None, Tensor ids not None):
+    """Return, for each token, b times the transposed matrices that ids names, F32 [m, n_ids, n_tokens].
+
+    as_: experts' weights [k, m, n_expert].  b: [k, n_ids or 1, n_tokens].  ids: I32 [n_ids, n_tokens], each from 0
+    to n_expert - 1 (not checked here: they are data).
+    Raises: ShapeError if these do not match.
+    Wraps: ggml_mul_mat_id.
+    """
+    cdef c.ggml_tensor * pa = as_.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    cdef c.ggml_tensor * pi = ids.ptr()
+    operands = [("as", as_), ("b", b), ("ids", ids)]
+    check_weights("mul_mat_id", pa, pb, operands)
+    if pi.type != c.GGML_TYPE_I32:
+        raise bad_type("mul_mat_id", "ids must be I32", operands)
+    if pa.ne[3] != 1 or pb.ne[3] != 1 or pi.ne[2] != 1 or pi.ne[3] != 1:
+        raise bad_shape("mul_mat_id", "as and b have three dimensions, ids two", operands)
+    if pi.ne[1] != pb.ne[2] or pb.ne[1] == 0 or pi.ne[0] % pb.ne[1]:
+        raise bad_shape("mul_mat_id", "ids must have a list for each token of b", operands)
+    return result(ctx, c.ggml_mul_mat_id(ctx.room(1), pa, pb, pi), as_, b, ids)
+
+
+def add_id(Context ctx not None, Tensor a not None, Tensor b not None, Tensor ids not None):
+    """Return a with row ids[i, j] of b added to a[:, i, j].
+
+    a: F32 [n, n_ids, n_tokens].  b: F32 [n, n_expert].  ids: I32 [n_ids, n_tokens].
+    Raises: ShapeError if these do not match.
+    Wraps: ggml_add_id.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    cdef c.ggml_tensor * pi = ids.ptr()
+    operands = [("a", a), ("b", b), ("ids", ids)]
+    if pi.type != c.GGML_TYPE_I32 or pa.type != c.GGML_TYPE_F32 or pb.type != c.GGML_TYPE_F32:
+        raise bad_type("add_id", "a and b must be F32, ids I32", operands)
+    if pa.ne[0] != pb.ne[0] or pa.ne[1] != pi.ne[0] or pa.ne[2] != pi.ne[1]:
+        raise bad_shape("add_id", "shapes do not match", operands)
+    return result(ctx, c.ggml_add_id(ctx.room(1), pa, pb, pi), a, b, ids)
+
+
+def cast(Context ctx not None, Tensor a not None, type):
+    """Return a converted to `type`, shape of a, contiguous.  Wraps: ggml_cast."""
+    cdef int t = Type(type)
+    if a.ptr().ne[0] % c.ggml_blck_size(<c.ggml_type> t):
+        raise bad_shape("cast", f"ne0 is not a multiple of {Type(t).name}'s block size", [("a", a)])
+    return result(ctx, c.ggml_cast(ctx.room(1), a.ptr(), <c.ggml_type> t), a)
+
+
+cdef int fill(int64_t * dims, str op, Tensor a, tuple ne) except -1:
+    """Fill dims from ne, padded with ones, and check that it holds as many elements as a."""
+    cdef int64_t n = 1
+    cdef int i
+    if not 1 <= len(ne) <= 4:
+        raise ShapeError(f"{op}: {len(ne)} dimensions, not 1 to 4")
+    for i in range(4):
+        dims[i] = ne[i] if i < len(ne) else 1
+        if dims[i] < 0 or (dims[i] > 0 and n > (<int64_t> 1 << 60) // dims[i]):
+            raise bad_shape(op, f"impossible shape {list(ne)}", [("a", a)])
+        n *= dims[i]
+    if n != c.ggml_nelements(a.ptr()):
+        raise bad_shape(op, f"{list(ne)} has another number of elements", [("a", a)])
+    return 0
+
+
+def cont(Context ctx not None, Tensor a not None, *ne):
+    """Return a contiguous copy of a, with shape ne if it is given.
+
+    Raises: ShapeError if ne has another number of elements.
+    Wraps: ggml_cont, ggml_cont_4d.
+    """
+    cdef int64_t d[4]
+    if not ne:
+        return result(ctx, c.ggml_cont(ctx.room(1), a.ptr()), a)
+    fill(d, "cont", a, ne)
+    return result(ctx, c.ggml_cont_4d(ctx.room(1), a.ptr(), d[0], d[1], d[2], d[3]), a)
+
+
+def reshape(Context ctx not None, Tensor a not None, *ne):
+    """Return a view of a, which must be contiguous, with shape ne.
+
+    Raises: ShapeError if a is not contiguous or ne has another number of elements.
+    Wraps: ggml_reshape_4d.
+    """
+    cdef int64_t d[4]
+    fill(d, "reshape", a, ne)
+    if not c.ggml_is_contiguous(a.ptr()):
+        raise bad_shape("reshape", "a must be contiguous", [("a", a)])
+    return result(ctx, c.ggml_reshape_4d(ctx.room(1), a.ptr(), d[0], d[1], d[2], d[3]), a)
+
+
+def view(Context ctx not None, Tensor a not None, ne, nb=(), size_t offset=0):
+    """Return a view of a: shape ne, strides nb = (nb1, nb2, nb3) in bytes, from byte `offset` on.
+
+    Strides that are not given are those of contiguous rows.
+    Raises: ShapeError if the view leaves a.
+    Wraps: ggml_view_4d.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef int64_t d[4]
+    cdef size_t s[4]
+    cdef size_t end
+    cdef int i
+    if not 1 <= len(ne) <= 4 or len(nb) > 3:
+        raise ShapeError("view: ne has 1 to 4 dimensions, nb at most 3 strides")
+    for i in range(4):
+        d[i] = ne[i] if i < len(ne) else 1
+        if d[i] < 1 or d[i] > (<int64_t> 1 << 40):
+            raise bad_shape("view", f"impossible shape {list(ne)}", [("a", a)])
+    if d[0] % c.ggml_blck_size(pa.type):
+        raise bad_shape("view", f"ne0 = {d[0]} is not a multiple of the block size", [("a", a)])
+    s[0] = c.ggml_type_size(pa.type)
+    end = c.ggml_row_size(pa.type, d[0])
+    for i in range(1, 4):
+        s[i] = nb[i - 1] if i <= len(nb) else (end if i == 1 else s[i - 1] * d[i - 1])
+        if s[i] > (<size_t> 1 << 44) or <size_t> d[i] > (<size_t> 1 << 60) // (s[i] if s[i] else 1):
+            raise bad_shape("view", f"impossible strides {list(nb)}", [("a", a)])
+    for i in range(1, 4):
+        end += (d[i] - 1) * s[i]
+    cdef size_t room = c.ggml_nbytes(pa)
+    cdef size_t packed = c.ggml_row_size(pa.type, d[0]) * d[1] * d[2] * d[3]
+    if offset > room or end > room - offset or packed > room - offset:
+        raise bad_shape("view", f"{list(ne)} with strides {list(nb)} at byte {offset} leaves a", [("a", a)])
+    return result(ctx, c.ggml_view_4d(ctx.room(1), pa, d[0], d[1], d[2], d[3], s[1], s[2], s[3], offset), a)
+
+
+def permute(Context ctx not None, Tensor a not None, int axis0, int axis1, int axis2, int axis3):
+    """Return a view of a whose dimension axis_i is a's dimension i.
+
+    Raises: ShapeError unless the axes are 0, 1, 2, 3 in some order.
+    Wraps: ggml_permute.
+    """
+    if sorted((axis0, axis1, axis2, axis3)) != [0, 1, 2, 3]:
+        raise ShapeError(f"permute: {axis0}, {axis1}, {axis2}, {axis3} is not a permutation of 0, 1, 2, 3")
+    return result(ctx, c.ggml_permute(ctx.room(1), a.ptr(), axis0, axis1, axis2, axis3), a)
+
+
+def transpose(Context ctx not None, Tensor a not None):
+    """Return a view of a with ne0 and ne1 exchanged.  Wraps: ggml_transpose."""
+    return result(ctx, c.ggml_transpose(ctx.room(1), a.ptr()), a)
+
+
+def get_rows(Context ctx not None, Tensor a not None, Tensor ids not None):
+    """Return the rows of a that ids names, F32 (I32 for an I32 a) [a.ne0, ids.ne0, ids.ne1, ids.ne2].
+
+    ids: I32, each from 0 to a.ne1 - 1 (not checked here: they are data).
+    Raises: ShapeError unless a.ne2 = ids.ne1 and a.ne3 = ids.ne2.
+    Wraps: ggml_get_rows.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pi = ids.ptr()
+    if pi.type != c.GGML_TYPE_I32:
+        raise bad_type("get_rows", "ids must be I32", [("a", a), ("ids", ids)])
+    if pa.ne[2] != pi.ne[1] or pa.ne[3] != pi.ne[2] or pi.ne[3] != 1:
+        raise bad_shape("get_rows", "ids do not match a", [("a", a), ("ids", ids)])
+    return result(ctx, c.ggml_get_rows(ctx.room(1), pa, pi), a, ids)
+
+
+def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor ids not None):
+    """Return a view of a, into whose rows ids the rows of b are written, converted to a's type.
+
+    a: [n, rows, ...].  b: F32 [n, k, ...].  ids: I64 or I32 [k, ...], each from 0 to rows - 1 (not checked: data).
+    Raises: ShapeError if these do not match.
+    Wraps: ggml_set_rows.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    cdef c.ggml_tensor * pi = ids.ptr()
+    operands = [("a", a), ("b", b), ("ids", ids)]
+    if not is_float(pb) or not (pi.type == c.GGML_TYPE_I64 or pi.type == c.GGML_TYPE_I32):
+        raise bad_type("set_rows", "b must be F32 or F16, ids I64 or I32", operands)
+    if (pa.ne[0] != pb.ne[0] or pa.ne[2] != pb.ne[2] or pa.ne[3] != pb.ne[3] or pb.ne[1] != pi.ne[0]
+            or pi.ne[1] == 0 or pi.ne[2] == 0 or pb.ne[2] % pi.ne[1] or pb.ne[3] % pi.ne[2] or pi.ne[3] != 1):
+        raise bad_shape("set_rows", "shapes do not match", operands)
+    if not c.ggml_is_contiguous_rows(pa) or not c.ggml_is_contiguous_rows(pb):
+        raise bad_shape("set_rows", "the rows of a and b must be contiguous", operands)
+    return result(ctx, c.ggml_set_rows(ctx.room(1), pa, pb, pi), a, b, ids)
+
+
+def soft_max(Context ctx not None, Tensor a not None):
+    """Return the softmax along ne0, shape of a.  Wraps: ggml_soft_max."""
+    check_rows("soft_max", a)
+    if not c.ggml_is_contiguous(a.ptr()):
+        raise bad_shape("soft_max", "a must be contiguous", [("a", a)])
+    return result(ctx, c.ggml_soft_max(ctx.room(1), a.ptr()), a)
+
+
+def soft_max_ext(Context ctx not None, Tensor a not None, Tensor mask, float scale=1.0, float max_bias=0.0):
+    """Return softmax(a * scale + mask) along ne0, shape of a.
+
+    mask: F16 or F32 [a.ne0, >= a.ne1, ...], broadcast over ne2 and ne3, or None.  max_bias: ALiBi's, 0 for none.
+    Raises: ShapeError if the mask does not cover a.
+    Wraps: ggml_soft_max_ext.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pm = NULL
+    check_rows("soft_max_ext", a)
+    operands = [("a", a), ("mask", mask)]
+    if not c.ggml_is_contiguous(pa) or (max_bias > 0 and mask is None):
+        raise bad_shape("soft_max_ext", "a must be contiguous, and max_bias needs a mask", operands)
+    if mask is not None:
+        pm = mask.ptr()
+        if not is_float(pm):
+            raise bad_type("soft_max_ext", "mask must be F16 or F32", operands)
+        if (pm.ne[0] != pa.ne[0] or pm.ne[1] < pa.ne[1] or pm.ne[2] == 0 or pm.ne[3] == 0
+                or pa.ne[2] % pm.ne[2] or pa.ne[3] % pm.ne[3] or not c.ggml_is_contiguous(pm)):
+            raise bad_shape("soft_max_ext", "mask does not cover a", operands)
+    return result(ctx, c.ggml_soft_max_ext(ctx.room(1), pa, pm, scale, max_bias), a, mask)
+
+
+def rope_ext(Context ctx not None, Tensor a not None, Tensor pos not None, Tensor freq_factors, int n_dims, int mode,
+             int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast,
+             float beta_slow):
+    """Return a with rotary position embedding, shape of a.
+
+    a: F32 [n_embd_head, n_head, n_tokens].  pos: I32 [n_tokens].  freq_factors: F32 [>= n_dims/2] or None.
+    n_dims: how many elements of each head are rotated.  mode: RopeType.NORMAL or NEOX.  The others as YaRN has them.
+    Raises: ShapeError if these do not match.
+    Wraps: ggml_rope_ext.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pp = pos.ptr()
+    cdef c.ggml_tensor * pf = NULL
+    operands = [("a", a), ("pos", pos), ("freq_factors", freq_factors)]
+    if mode != c.GGML_ROPE_TYPE_NORMAL and mode != c.GGML_ROPE_TYPE_NEOX:
+        raise ShapeError(f"rope_ext: mode {mode} is neither RopeType.NORMAL nor RopeType.NEOX")
+    check_rows("rope_ext", a)
+    if pp.type != c.GGML_TYPE_I32:
+        raise bad_type("rope_ext", "pos must be I32", operands)
+    if n_dims < 2 or n_dims % 2 or n_dims > pa.ne[0]:
+        raise bad_shape("rope_ext", f"n_dims = {n_dims} is not an even number up to ne0", operands)
+    if pp.ne[0] != pa.ne[2] or pp.ne[1] * pp.ne[2] * pp.ne[3] != 1:
+        raise bad_shape("rope_ext", "pos needs one position for each token", operands)
+    if freq_factors is not None:
+        pf = freq_factors.ptr()
+        if pf.type != c.GGML_TYPE_F32 or pf.ne[0] < n_dims // 2:
+            raise bad_shape("rope_ext", "freq_factors must be F32 [>= n_dims/2]", operands)
+    return result(ctx, c.ggml_rope_ext(ctx.room(1), pa, pp, pf, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
+                                       ext_factor, attn_factor, beta_fast, beta_slow), a, pos, freq_factors)
+
+
+def argsort_top_k(Context ctx not None, Tensor a not None, int k):
+    """Return the indices of the k largest elements of each row, largest first, I32 [k, a.ne1, a.ne2, a.ne3].
+
+    Raises: ShapeError unless 1 <= k <= ne0.
+    Wraps: ggml_argsort_top_k.
+    """
+    check_rows("argsort_top_k", a)
+    if not 1 <= k <= a.ptr().ne[0] or a.ptr().ne[0] > 0x7FFFFFFF:
+        raise bad_shape("argsort_top_k", f"k = {k} is not from 1 to ne0", [("a", a)])
+    return result(ctx, c.ggml_argsort_top_k(ctx.room(2), a.ptr(), k), a)
+
+
+def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, Tensor v not None, Tensor mask,
+                   float scale, float max_bias=0.0, float logit_softcap=0.0):
+    """Return softmax(q k^T * scale + mask) v, F32 [n_embd_head_v, n_head, n_tokens, n_seq].
+
+    q: F32 [n_embd_head, n_tokens, n_head, n_seq].  k, v: [n_embd_head(_v), n_kv, n_head_kv, n_seq], not transposed.
+    mask: contiguous F16 [n_kv, >= n_tokens, ...] or None.  logit_softcap: 0 for none.
+    Raises: ShapeError if these do not match.
+    Wraps: ggml_flash_attn_ext.
+    """
+    cdef c.ggml_tensor * pq = q.ptr()
+    cdef c.ggml_tensor * pk = k.ptr()
+    cdef c.ggml_tensor * pv = v.ptr()
+    cdef c.ggml_tensor * pm = NULL
+    operands = [("q", q), ("k", k), ("v", v), ("mask", mask)]
+    check_weights("flash_attn_ext", pk, pq, operands)
+    if pq.type != c.GGML_TYPE_F32:
+        raise bad_type("flash_attn_ext", "q must be F32", operands)
+    if (pk.ne[2] == 0 or pq.ne[2] % pk.ne[2] or pk.ne[1] != pv.ne[1] or pv.ne[2] == 0 or pq.ne[2] % pv.ne[2]
+            or pq.ne[3] != pk.ne[3] or pq.ne[3] != pv.ne[3] or pv.nb[0] != c.ggml_type_size(pv.type)):
+        raise bad_shape("flash_attn_ext", "q, k and v do not match", operands)
+    if max_bias > 0 and mask is None:
+        raise bad_shape("flash_attn_ext", "max_bias needs a mask", operands)
+    if mask is not None:
+        pm = mask.ptr()
+        if pm.type != c.GGML_TYPE_F16:
+            raise bad_type("flash_attn_ext", "mask must be F16", operands)
+        if (not c.ggml_is_contiguous(pm) or pm.ne[0] != pk.ne[1] or pm.ne[1] < pq.ne[1] or pm.ne[2] == 0
+                or pm.ne[3] == 0 or pq.ne[2] % pm.ne[2] or pq.ne[3] % pm.ne[3]):
+            raise bad_shape("flash_attn_ext", "mask does not cover q and k", operands)
+    return result(ctx, c.ggml_flash_attn_ext(ctx.room(1), pq, pk, pv, pm, scale, max_bias, logit_softcap), q, k, v,
+                  mask)
