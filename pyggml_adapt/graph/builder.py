@@ -1,0 +1,229 @@
+"""GraphBuilder: the blocks that models are built from, over ggml's ops.
+
+Node names and their order are llama.cpp's, so that any node can be compared with llama-eval-callback's.
+Source: llama.cpp src/llama-graph.cpp
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyggml_adapt.ggml import CGraph, Context, RopeType, Slots, Tensor, Type, ops
+from pyggml_adapt.graph.inputs import Inputs
+
+if TYPE_CHECKING:
+    from pyggml_adapt.models.hparams import HParams
+
+MIN_WEIGHTS_SUM = 6.103515625e-5  # the smallest normal F16: experts' weights are never divided by zero
+
+
+class Weights:
+    """The weights of one graph, by GGUF name: `w.token_embd` is token_embd.weight, `w.x_b` is x.bias, absent None.
+
+    Each is a slot, made when it is first asked for; `names` keeps their order.
+    """
+
+    def __init__(self, slots: Slots, sources: Mapping[str, Tensor], prefix: str = "", model: Weights | None = None):
+        self._slots, self._sources, self._prefix = slots, sources, prefix
+        self._made: dict[str, Tensor] = {} if model is None else model._made
+        self.model: Weights = self if model is None else model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the full names of the tensors used so far, in the order of their slots."""
+        return tuple(self._made)
+
+    def layer(self, il: int) -> LayerWeights:
+        """Return the weights whose names start blk.il."""
+        return LayerWeights(self._slots, self._sources, f"blk.{il}.", self.model)
+
+    def __getattr__(self, attribute: str) -> Tensor | None:
+        is_bias = attribute.endswith("_b")
+        name = f"{self._prefix}{attribute[:-2]}.bias" if is_bias else f"{self._prefix}{attribute}.weight"
+        if name not in self._made:
+            if name not in self._sources:
+                return None
+            self._made[name] = self._slots.add(self._sources[name])
+        return self._made[name]
+
+
+class LayerWeights(Weights):
+    """The weights of one layer; `w.model` has those that belong to none."""
+
+
+class GraphBuilder:
+    """Build the graph of one forward pass over n_tokens tokens that attend to n_kv cells of the cache."""
+
+    def __init__(self, ctx: Context, graph: CGraph, hp: HParams, inputs: Inputs, *, n_kv: int,
+                 k_l: list[Tensor], v_l: list[Tensor]):
+        """k_l, v_l: the cache's tensors of each layer, [n_embd_k_gqa, n_cells]."""
+        self.ctx, self.graph, self.hp, self.inputs = ctx, graph, hp, inputs
+        self.n_tokens, self.n_outputs, self.n_kv = inputs.n_tokens, inputs.n_outputs, n_kv
+        self.k_l, self.v_l = k_l, v_l
+        self.kq_scale = float(np.float32(1.0) / np.sqrt(np.float32(hp.n_embd_head_k)))
+
+    def named(self, cur: Tensor, name: str, il: int = -1) -> Tensor:
+        """Return cur, named as llama.cpp names the node."""
+        cur.name = name if il < 0 else f"{name}-{il}"
+        return cur
+
+    def mm(self, w: Tensor, cur: Tensor) -> Tensor:
+        """Return the product of weights [k, m] and activations [k, n]: [m, n]."""
+        return ops.mul_mat(self.ctx, w, cur)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b."""
+        return ops.add(self.ctx, a, b)
+
+    def biased(self, cur: Tensor, bias: Tensor | None) -> Tensor:
+        """Return cur with the bias added, if there is one."""
+        return cur if bias is None else ops.add(self.ctx, cur, bias)
+
+    def norm(self, cur: Tensor, w: Tensor, il: int = -1) -> Tensor:
+        """Return cur, RMS-normed and scaled by w."""
+        cur = self.named(ops.rms_norm(self.ctx, cur, self.hp.f_norm_rms_eps), "norm", il)
+        return ops.mul(self.ctx, cur, w)
+
+    def inp_embd(self, token_embd: Tensor) -> Tensor:
+        """Return the embeddings of the input tokens, [n_embd, n_tokens]."""
+        cur = self.named(ops.get_rows(self.ctx, token_embd, self.inputs.tokens), "embd")
+        return self.graph.expand(cur)
+
+    def output_rows(self, cur: Tensor) -> Tensor:
+        """Return the columns of cur [n, n_tokens] whose logits are wanted: [n, n_outputs]."""
+        return ops.get_rows(self.ctx, cur, self.inputs.out_ids)
+
+    def qkv(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q, K and V, each [n_embd_head, its number of heads, n_tokens]."""
+        hp = self.hp
+        q = self.named(self.biased(self.mm(w.attn_q, cur), w.attn_q_b), "Qcur", il)
+        k = self.named(self.biased(self.mm(w.attn_k, cur), w.attn_k_b), "Kcur", il)
+        v = self.named(self.biased(self.mm(w.attn_v, cur), w.attn_v_b), "Vcur", il)
+        q = ops.reshape(self.ctx, q, hp.n_embd_head_k, hp.n_head, self.n_tokens)
+        k = ops.reshape(self.ctx, k, hp.n_embd_head_k, hp.n_head_kv, self.n_tokens)
+        v = ops.reshape(self.ctx, v, hp.n_embd_head_v, hp.n_head_kv, self.n_tokens)
+        return q, k, self.named(v, "Vcur", il)
+
+    def rope(self, cur: Tensor, rope_type: RopeType, freq_factors: Tensor | None) -> Tensor:
+        """Return cur [n_embd_head, n_head, n_tokens] rotated by the positions of its tokens."""
+        hp = self.hp
+        return ops.rope_ext(self.ctx, cur, self.inputs.pos, freq_factors, hp.n_rot, rope_type, hp.n_ctx_orig_yarn,
+                            hp.rope_freq_base, hp.rope_freq_scale, hp.yarn_ext_factor, hp.yarn_attn_factor,
+                            hp.yarn_beta_fast, hp.yarn_beta_slow)
+
+    def hadamard(self, cur: Tensor, rotation: Tensor | None) -> Tensor:
+        """Return cur with its rows rotated block by block, if the cache's type asks for it."""
+        if rotation is None:
+            return cur
+        n, ne = rotation.ne[0], cur.ne
+        rows = (n, math.prod(ne) // n)
+        flat = ops.reshape(self.ctx, cur, *rows) if cur.is_contiguous else ops.cont(self.ctx, cur, *rows)
+        product = ops.mul_mat_set_hadamard(ops.mul_mat(self.ctx, rotation, flat))
+        return ops.reshape(self.ctx, product, *ne)
+
+    def store_kv(self, k: Tensor, v: Tensor, il: int) -> None:
+        """Write K and V of this batch into their cells of the cache."""
+        ctx, n = self.ctx, self.n_tokens
+        k, v = self.hadamard(k, self.inputs.k_rot), self.hadamard(v, self.inputs.v_rot)
+        self.graph.expand(v)
+        self.graph.expand(k)
+        k = ops.view(ctx, k, (self.hp.n_embd_k_gqa, n), (k.nb[2],))
+        self.graph.expand(ops.set_rows(ctx, self.k_l[il], k, self.inputs.k_idxs))
+        if self.inputs.v_trans:  # V is kept transposed: one element a row
+            cache = ops.reshape(ctx, self.v_l[il], 1, math.prod(self.v_l[il].ne))
+            v = ops.reshape(ctx, v, 1, math.prod(v.ne))
+        else:
+            cache = self.v_l[il]
+            v = ops.view(ctx, v, (self.hp.n_embd_v_gqa, n), (v.nb[2],))
+        self.graph.expand(ops.set_rows(ctx, cache, v, self.inputs.v_idxs))
+
+    def _cached(self, il: int) -> tuple[Tensor, Tensor]:
+        """Return views of the first n_kv cells: K [n_embd_head, n_head_kv, n_kv]; V likewise, or [n_kv, n_head_kv,
+        n_embd_head] if it is kept transposed."""
+        hp, ctx, k, v = self.hp, self.ctx, self.k_l[il], self.v_l[il]
+        k_head = k.type.row_size(hp.n_embd_head_k)
+        k = ops.view(ctx, k, (hp.n_embd_head_k, hp.n_head_kv, self.n_kv), (k_head, k.nb[1], k.nb[2]))
+        if self.inputs.v_trans:
+            n_cells = v.ne[1]
+            row = v.type.row_size(n_cells)
+            v = ops.view(ctx, v, (self.n_kv, hp.n_head_kv, hp.n_embd_head_v), (row * hp.n_embd_head_v, row, v.nb[2]))
+        else:
+            v_head = v.type.row_size(hp.n_embd_head_v)
+            v = ops.view(ctx, v, (hp.n_embd_head_v, hp.n_head_kv, self.n_kv), (v_head, v.nb[1], v.nb[2]))
+        return k, v
+
+    def attn(self, q: Tensor, k: Tensor, v: Tensor, w: LayerWeights, il: int) -> Tensor:
+        """Return the attention over the cache, this batch included, through the output projection: [n_embd, n_tokens]."""
+        q = self.graph.expand(self.hadamard(q, self.inputs.k_rot))
+        self.store_kv(k, v, il)
+        k, v = self._cached(il)
+        cur = self._attn_flash(q, k, v) if self.inputs.flash_attn else self._attn_soft_max(q, k, v, il)
+        cur = self.hadamard(self.named(self.graph.expand(cur), "kqv_out", il), self.inputs.v_rot)
+        return self.biased(self.mm(w.attn_output, cur), w.attn_output_b)
+
+    def _attn_flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx = self.ctx
+        q, k, v = (ops.permute(ctx, cur, 0, 2, 1, 3) for cur in (self._per_token(q), k, v))
+        if k.type == Type.F32:
+            k = ops.cast(ctx, k, Type.F16)
+        if v.type == Type.F32:
+            v = ops.cast(ctx, v, Type.F16)
+        cur = ops.flash_attn_ext(ctx, q, k, v, self.inputs.kq_mask, self.kq_scale)
+        ops.mul_mat_set_prec_f32(cur)                         # [n_embd_head, n_head, n_tokens]
+        return ops.reshape(ctx, cur, cur.ne[0] * cur.ne[1], cur.ne[2])
+
+    def _attn_soft_max(self, q: Tensor, k: Tensor, v: Tensor, il: int) -> Tensor:
+        ctx = self.ctx
+        q, k, v = (ops.permute(ctx, cur, 0, 2, 1, 3) for cur in (self._per_token(q), k, v))
+        kq = self.named(ops.mul_mat(ctx, k, q), "kq", il)     # [n_kv, n_tokens, n_head]
+        ops.mul_mat_set_prec_f32(kq)
+        kq = self.named(ops.soft_max_ext(ctx, kq, self.inputs.kq_mask, self.kq_scale), "kq_soft_max", il)
+        kqv = self.named(ops.mul_mat(ctx, v, kq), "kqv", il)  # [n_embd_head, n_tokens, n_head]
+        cur = ops.permute(ctx, kqv, 0, 2, 1, 3)
+        return ops.cont(ctx, cur, cur.ne[0] * cur.ne[1], cur.ne[2])
+
+    def _per_token(self, q: Tensor) -> Tensor:
+        return ops.view(self.ctx, q, q.ne, q.nb[1:])
+
+    def ffn(self, cur: Tensor, w: LayerWeights, il: int) -> Tensor:
+        """Return down(silu(gate(cur)) * up(cur)), [n_embd, n]."""
+        up = self.named(self.biased(self.mm(w.ffn_up, cur), w.ffn_up_b), "ffn_up", il)
+        gate = self.named(self.biased(self.mm(w.ffn_gate, cur), w.ffn_gate_b), "ffn_gate", il)
+        cur = self.named(ops.swiglu_split(self.ctx, gate, up), "ffn_swiglu", il)
+        return self.named(self.biased(self.mm(w.ffn_down, cur), w.ffn_down_b), "ffn_out", il)
+
+    def moe_ffn(self, cur: Tensor, w: LayerWeights, il: int) -> Tensor:
+        """Return the sum of the n_expert_used best experts' outputs, each weighted by its probability: [n_embd, n]."""
+        ctx, n_embd, n, n_used = self.ctx, cur.ne[0], cur.ne[1], self.hp.n_expert_used
+        chosen, weights = self._choose_experts(cur, w, il)
+        cur = ops.reshape(ctx, cur, n_embd, 1, n)
+        up = self.named(ops.mul_mat_id(ctx, w.ffn_up_exps, cur, chosen), "ffn_moe_up", il)  # [n_ff, n_used, n]
+        if w.ffn_gate_exps is None:
+            cur = self.named(ops.silu(ctx, up), "ffn_moe_silu", il)
+        else:
+            gate = self.named(ops.mul_mat_id(ctx, w.ffn_gate_exps, cur, chosen), "ffn_moe_gate", il)
+            cur = self.named(ops.swiglu_split(ctx, gate, up), "ffn_moe_swiglu", il)
+        cur = self.named(ops.mul_mat_id(ctx, w.ffn_down_exps, cur, chosen), "ffn_moe_down", il)
+        cur = self.graph.expand(self.named(ops.mul(ctx, cur, weights), "ffn_moe_weighted", il))  # [n_embd, n_used, n]
+        parts = [self.graph.expand(ops.view(ctx, cur, (n_embd, n), (cur.nb[2],), i * cur.nb[1])) for i in range(n_used)]
+        out = parts[0]
+        for part in parts[1:]:
+            out = self.graph.expand(self.add(out, part))
+        return self.named(out if n_used > 1 else ops.cont(ctx, out), "ffn_moe_out", il)
+
+    def _choose_experts(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor]:
+        """Return the experts of each token, I32 [n_used, n], and their weights, which sum to 1, [1, n_used, n]."""
+        ctx, n, n_expert, n_used = self.ctx, cur.ne[1], self.hp.n_expert, self.hp.n_expert_used
+        logits = self.named(self.mm(w.ffn_gate_inp, cur), "ffn_moe_logits", il)
+        probs = self.named(ops.soft_max(ctx, logits), "ffn_moe_probs", il)  # [n_expert, n]
+        chosen = self.named(ops.argsort_top_k(ctx, probs, n_used), "ffn_moe_topk", il)
+        weights = ops.get_rows(ctx, ops.reshape(ctx, probs, 1, n_expert, n), chosen)
+        weights = ops.reshape(ctx, self.named(weights, "ffn_moe_weights", il), n_used, n)
+        total = self.named(ops.sum_rows(ctx, weights), "ffn_moe_weights_sum", il)  # [1, n]
+        weights = ops.div(ctx, weights, ops.clamp(ctx, total, MIN_WEIGHTS_SUM))
+        weights = ops.reshape(ctx, self.named(weights, "ffn_moe_weights_norm", il), 1, n_used, n)
+        return chosen, self.graph.expand(weights)

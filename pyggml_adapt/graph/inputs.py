@@ -1,0 +1,95 @@
+"""The inputs of one graph: made with it, and filled before each computation.
+
+Source: llama.cpp src/llama-graph.cpp, src/llama-kv-cache.cpp (set_input_*)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from pyggml_adapt.ggml import Context, Tensor, Type
+
+HADAMARD_MIN = 64  # heads that are a multiple of this are rotated before they are quantised into the cache
+
+
+class Batch(Protocol):
+    """What is evaluated at once; arrays of n_tokens elements."""
+
+    tokens: np.ndarray   # int32
+    pos: np.ndarray      # int32
+    cells: np.ndarray    # int64, where in the cache each token's K and V go
+    out_ids: np.ndarray  # int32, which tokens' logits are wanted
+
+    def mask(self, n_kv: int) -> np.ndarray:
+        """Return bool [n_tokens, n_kv]: whether each token may see each cell."""
+
+
+class Inputs:
+    """Input tensors for n_tokens tokens and n_kv cells, in the layouts that the cache's types ask for."""
+
+    def __init__(self, ctx: Context, *, n_tokens: int, n_outputs: int, n_kv: int, n_cells: int, n_embd_v_gqa: int,
+                 flash_attn: bool, k_rot: int = 0, v_rot: int = 0):
+        """k_rot, v_rot: sizes of the Hadamard rotations of K and V, 0 for none."""
+        self.n_tokens, self.n_outputs, self.n_kv = n_tokens, n_outputs, n_kv
+        self.n_cells, self.n_embd_v_gqa, self.flash_attn = n_cells, n_embd_v_gqa, flash_attn
+        self.v_trans = not flash_attn
+        self._ctx = ctx
+        self.tokens = self._new("inp_tokens", Type.I32, n_tokens)
+        self.pos = self._new("inp_pos", Type.I32, n_tokens)
+        self.k_idxs = self._new("attn_inp_k_idxs", Type.I64, n_tokens)
+        self.v_idxs = self._new("attn_inp_v_idxs", Type.I64, n_tokens * (n_embd_v_gqa if self.v_trans else 1))
+        self.kq_mask = self._new("attn_inp_kq_mask", Type.F16 if flash_attn else Type.F32, n_kv, n_tokens)
+        self.k_rot = self._new("attn_inp_k_rot", Type.F32, k_rot, k_rot).set_output() if k_rot else None
+        self.v_rot = self._new("attn_inp_v_rot", Type.F32, v_rot, v_rot).set_output() if v_rot else None
+        self.out_ids = self._new("out_ids", Type.I32, n_outputs) if n_outputs else None
+        self._mask = np.empty((n_tokens, n_kv), dtype=np.float16 if flash_attn else np.float32)
+
+    def _new(self, name: str, type: Type, *ne: int) -> Tensor:
+        return self._ctx.new_tensor(type, ne, name).set_input()
+
+    def fill_constants(self) -> None:
+        """Write what is the same in every computation; once, after allocation: as outputs they are not overwritten."""
+        for rotation in (self.k_rot, self.v_rot):
+            if rotation is not None:
+                rotation.set_data(hadamard(rotation.ne[0]))
+
+    def fill(self, batch: Batch) -> None:
+        """Write the inputs for `batch`, whose numbers of tokens and outputs must be this graph's."""
+        self.tokens.set_data(batch.tokens)
+        self.pos.set_data(batch.pos)
+        self.k_idxs.set_data(batch.cells)
+        self.v_idxs.set_data(self._element_idxs(batch.cells) if self.v_trans else batch.cells)
+        if self.out_ids is not None:
+            self.out_ids.set_data(batch.out_ids)
+        if not self.kq_mask.is_allocated:
+            return  # a graph that only stores K and V of its one layer
+        self._mask.fill(-np.inf)
+        self._mask[batch.mask(self.n_kv)] = 0
+        self.kq_mask.set_data(self._mask)
+
+    def _element_idxs(self, cells: np.ndarray) -> np.ndarray:
+        """Return where each element of V goes in the transposed cache, int64 [n_tokens, n_embd_v_gqa]."""
+        return cells[:, None] + np.arange(self.n_embd_v_gqa, dtype=np.int64) * self.n_cells
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Return the orthonormal Walsh-Hadamard matrix of size n, a power of two; it is its own inverse.  F32 [n, n]."""
+    out = np.full((1, 1), np.float32(1.0 / np.sqrt(np.float32(n))), dtype=np.float32)
+    while len(out) < n:
+        out = np.block([[out, out], [out, -out]])
+    return np.ascontiguousarray(out)
+
+
+def hadamard_sizes(type_k: Type, type_v: Type, n_embd_head_k: int, n_embd_head_v: int) -> tuple[int, int]:
+    """Return the sizes of the rotations of K and V, 0 for none: quantised caches are rotated, as llama.cpp does.
+
+    K takes the largest power of two that divides its head, V the smallest size.
+    """
+    k_rot = v_rot = 0
+    if type_k.is_quantized and n_embd_head_k % HADAMARD_MIN == 0:
+        k_rot = n_embd_head_k & -n_embd_head_k
+    if type_v.is_quantized and n_embd_head_v % HADAMARD_MIN == 0:
+        v_rot = HADAMARD_MIN
+    return k_rot, v_rot

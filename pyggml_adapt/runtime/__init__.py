@@ -1,0 +1,1 @@
+"""Runs models: host, sessions, engine, KV cache and sampling."""

@@ -1,0 +1,139 @@
+"""Engine: builds graphs, keeps them, and runs batches through them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from pyggml_adapt.ggml import Backend, BufferType, CGraph, Context, GAllocr, Slots
+from pyggml_adapt.graph.builder import GraphBuilder, Weights
+from pyggml_adapt.graph.inputs import Inputs, hadamard_sizes
+from pyggml_adapt.models import Model
+from pyggml_adapt.runtime.batch import UBatch
+from pyggml_adapt.runtime.kv_cache import KVCache
+from pyggml_adapt.weights.store import TaskWeights
+
+MAX_GRAPHS = 16                   # kept for reuse
+MAX_IDLE_NBYTES = 24 * 1024**2    # of compute memory in graphs that are kept but not the last one used
+
+
+class Program:
+    """One graph, built and allocated, whose weights and cache can be exchanged."""
+
+    def __init__(self, model: Model, weights: TaskWeights, cache: KVCache, buffer_type: BufferType, *, n_tokens: int,
+                 n_outputs: int, n_kv: int, flash_attn: bool):
+        hp = model.hp
+        graph_size = 256 + hp.n_layer * (96 + 6 * hp.n_expert_used)  # nodes and leaves, with room to spare
+        ctx = Context(Context.size_for(graph_size, graph_size))
+        self.graph = CGraph(ctx, graph_size)
+        self._weight_slots, self._cache_slots = Slots(self.graph), Slots(self.graph)
+        k_rot, v_rot = hadamard_sizes(cache.type_k, cache.type_v, hp.n_embd_head_k, hp.n_embd_head_v)
+        self.inputs = Inputs(ctx, n_tokens=n_tokens, n_outputs=n_outputs, n_kv=n_kv, n_cells=cache.n_cells,
+                             n_embd_v_gqa=hp.n_embd_v_gqa, flash_attn=flash_attn, k_rot=k_rot, v_rot=v_rot)
+        k_l = [self._cache_slots.add(k) for k in cache.k_l]
+        v_l = [self._cache_slots.add(v) for v in cache.v_l]
+        w = Weights(self._weight_slots, weights.tensors)
+        builder = GraphBuilder(ctx, self.graph, hp, self.inputs, n_kv=n_kv, k_l=k_l, v_l=v_l)
+        self.logits = model.build(builder, w)
+        if self.logits is not None:
+            self.graph.expand(self.logits.set_output())
+        self._allocr = GAllocr(buffer_type)
+        self._allocr.alloc_graph(self.graph)
+        self.inputs.fill_constants()
+        self._names = w.names
+        self._weight_slots.seal()
+        self._cache_slots.seal()
+        self.nbytes = self._allocr.nbytes + ctx.mem_size
+
+    def bind(self, weights: TaskWeights, cache: KVCache) -> None:
+        """Point the graph at a task's weights and a session's cache."""
+        self.bind_weights(weights)
+        self._cache_slots.bind(cache.table)
+
+    def bind_weights(self, weights: TaskWeights) -> None:
+        """Point the graph at a task's weights."""
+        self._weight_slots.bind(weights.table(self._names))
+
+    def uses(self, weights: TaskWeights) -> bool:
+        """Return whether the graph points at a task's weights now."""
+        return weights.owns(self._weight_slots.table)
+
+    def run(self, backend: Backend, batch: UBatch, out: np.ndarray | None) -> None:
+        """Compute `batch` and write the logits into out, F32 [n_outputs, n_vocab].  Releases the GIL."""
+        self.inputs.fill(batch)
+        self.graph.compute(backend, self._weight_slots.table, self._cache_slots.table)
+        if self.logits is not None:
+            self.logits.get_data(out)
+
+
+class Engine:
+    """Runs one batch at a time, on all its threads; calls from several threads take turns."""
+
+    def __init__(self, *, n_threads: int | None = None, flash_attn: bool = True):
+        self.backend = Backend(n_threads=n_threads)
+        self.flash_attn = flash_attn
+        self._buffer_type = self.backend.device.buffer_type
+        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def compute_nbytes(self) -> int:
+        """Return the bytes of all graphs and their compute buffers."""
+        with self._lock:
+            return sum(program.nbytes for program in self._programs.values())
+
+    def eval(self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch, out: np.ndarray | None) -> None:
+        """Evaluate `batch`: its K and V go into the cache, its logits into out, F32 [n_outputs, n_vocab].
+
+        If it fails, the cache is as before.
+        """
+        with self._lock:
+            cache.store(batch.cells, batch.pos, batch.seq_id)
+            try:
+                program = self._program(model, weights, cache, batch)
+                program.bind(weights, cache)
+                program.run(self.backend, batch, out)
+            except BaseException:
+                cache.release(batch.cells)
+                raise
+
+    def bind(self, model: Model, weights: TaskWeights) -> None:
+        """Point every kept graph that fits these weights at them, so that the next evaluation need not."""
+        with self._lock:
+            for (hp, layout, *_), program in self._programs.items():
+                if layout == weights.layout and hp == model.hp:
+                    program.bind_weights(weights)
+
+    def forget(self, weights: TaskWeights) -> None:
+        """Drop the graphs that point at a task's weights, before these are unmapped."""
+        with self._lock:
+            for key, program in list(self._programs.items()):
+                if program.uses(weights):
+                    del self._programs[key]
+
+    def _program(self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch) -> Program:
+        n_tokens, n_outputs, n_kv = len(batch.tokens), len(batch.out_ids), cache.n_kv(batch.cells)
+        key = (model.hp, weights.layout, cache.layout, n_tokens, n_outputs, n_kv)
+        program = self._programs.get(key)
+        if program is None:
+            self._trim()
+            program = Program(model, weights, cache, self._buffer_type, n_tokens=n_tokens, n_outputs=n_outputs,
+                              n_kv=n_kv, flash_attn=self.flash_attn)
+            self._programs[key] = program
+        self._programs.move_to_end(key)
+        return program
+
+    def _trim(self) -> None:
+        """Drop the graphs used longest ago until those left are within the limits."""
+        idle = sum(program.nbytes for program in self._programs.values())
+        while self._programs and (idle > MAX_IDLE_NBYTES or len(self._programs) >= MAX_GRAPHS):
+            _, program = self._programs.popitem(last=False)
+            idle -= program.nbytes
+
+    def close(self) -> None:
+        """Free all graphs and the threads."""
+        with self._lock:
+            self._programs.clear()
+            self.backend.close()

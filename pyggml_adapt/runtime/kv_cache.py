@@ -1,0 +1,128 @@
+"""The KV cache: cells shared by sequences, and the tensors that their K and V are kept in.
+
+Source: llama.cpp src/llama-kv-cache.cpp, src/llama-kv-cells.h
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyggml_adapt.errors import ContextFullError, ParameterError
+from pyggml_adapt.ggml import Buffer, Context, Device, Tensor, TensorTable, Type
+
+if TYPE_CHECKING:
+    from pyggml_adapt.models import HParams
+
+N_PAD = 256        # n_kv and n_cells are multiples of this, so that graphs are reused; llama.cpp's number
+N_SEQ_MAX = 64     # sequences of a cell are the bits of an uint64
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+
+
+class KVCache:
+    """Cells for n_ctx tokens of up to n_seq_max sequences; each cell has a position and the sequences it belongs to."""
+
+    def __init__(self, hp: HParams, n_ctx: int, *, n_seq_max: int = 1, type_k: Type = Type.F16, type_v: Type = Type.F16,
+                 flash_attn: bool = True):
+        """Raises: ParameterError for a type or size that cannot be; AllocError."""
+        for name, value in (("type_k", type_k), ("type_v", type_v)):
+            if value.name not in TYPES:
+                raise ParameterError(f"{name} = {value.name} is not one of {', '.join(TYPES)}")
+        if type_v.is_quantized and not flash_attn:
+            raise ParameterError(f"type_v = {type_v.name} needs flash attention")
+        for name, value, n in (("type_k", type_k, hp.n_embd_head_k), ("type_v", type_v, hp.n_embd_head_v)):
+            if n % value.blck_size:
+                raise ParameterError(f"{name} = {value.name} needs heads that are a multiple of {value.blck_size}, not {n}")
+        if not 1 <= n_seq_max <= N_SEQ_MAX:
+            raise ParameterError(f"n_seq_max = {n_seq_max} is not from 1 to {N_SEQ_MAX}")
+        self.n_ctx, self.n_seq_max, self.type_k, self.type_v = n_ctx, n_seq_max, type_k, type_v
+        self.n_cells = _pad(n_ctx)
+        self.pos = np.full(self.n_cells, -1, dtype=np.int32)  # -1: empty
+        self.seqs = np.zeros(self.n_cells, dtype=np.uint64)   # bit s: belongs to sequence s
+        self._allocate(hp)
+
+    def _allocate(self, hp: HParams) -> None:
+        per_token = self.type_k.row_size(hp.n_embd_k_gqa) + self.type_v.row_size(hp.n_embd_v_gqa)
+        self.nbytes = per_token * self.n_cells * hp.n_layer
+        self._ctx = Context(Context.size_for(2 * hp.n_layer))
+        self._buffer = Buffer.from_mapping(mmap.mmap(-1, self.nbytes))  # zeros, resident only where they are written
+        self.k_l: list[Tensor] = []
+        self.v_l: list[Tensor] = []
+        offset = 0
+        for il in range(hp.n_layer):
+            for tensors, letter, type, n in ((self.k_l, "k", self.type_k, hp.n_embd_k_gqa),
+                                             (self.v_l, "v", self.type_v, hp.n_embd_v_gqa)):
+                tensor = self._ctx.new_tensor(type, (n, self.n_cells), f"cache_{letter}_l{il}")
+                self._buffer.place(tensor, offset)
+                offset += tensor.nbytes
+                tensors.append(tensor)
+        self.table = TensorTable([*self.k_l, *self.v_l])
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Return what a graph depends on: equal layouts share graphs."""
+        return self.n_cells, int(self.type_k), int(self.type_v)
+
+    @property
+    def used_max(self) -> int:
+        """Return the number of cells up to the last one in use."""
+        used = np.flatnonzero(self.pos >= 0)
+        return int(used[-1]) + 1 if used.size else 0
+
+    def find_slot(self, n_tokens: int) -> np.ndarray:
+        """Return the first n_tokens empty cells, int64.
+
+        Raises: ContextFullError.
+        """
+        free = np.flatnonzero(self.pos < 0)
+        if free.size < n_tokens:
+            raise ContextFullError(f"{n_tokens} more tokens do not fit: {free.size} of {self.n_cells} cells are free")
+        return free[:n_tokens]
+
+    def n_kv(self, cells: np.ndarray) -> int:
+        """Return how many cells, padded, a batch that writes `cells` must look at."""
+        return min(self.n_cells, _pad(max(self.used_max, int(cells.max()) + 1)))
+
+    def store(self, cells: np.ndarray, pos: np.ndarray, seq_id: np.ndarray) -> None:
+        """Mark cells as holding positions `pos` of sequences `seq_id`."""
+        self.pos[cells] = pos
+        self.seqs[cells] = np.left_shift(np.uint64(1), seq_id.astype(np.uint64))
+
+    def release(self, cells: np.ndarray) -> None:
+        """Mark cells as empty."""
+        self.pos[cells] = -1
+        self.seqs[cells] = 0
+
+    def seq_rm(self, seq_id: int, p0: int = 0, p1: int | None = None) -> None:
+        """Remove positions p0 to p1 - 1 (to the end if None) of a sequence."""
+        bit = np.uint64(1 << seq_id)
+        hit = (self.seqs & bit != 0) & (self.pos >= p0)
+        if p1 is not None:
+            hit &= self.pos < p1
+        self.seqs[hit] &= ~bit
+        self.pos[self.seqs == 0] = -1
+
+    def seq_cp(self, source: int, target: int, p0: int = 0, p1: int | None = None) -> None:
+        """Let sequence `target` share the cells of positions p0 to p1 - 1 of `source`; nothing is copied."""
+        hit = (self.seqs & np.uint64(1 << source) != 0) & (self.pos >= p0)
+        if p1 is not None:
+            hit &= self.pos < p1
+        self.seqs[hit] |= np.uint64(1 << target)
+
+    def mask(self, pos: np.ndarray, seq_id: np.ndarray, n_kv: int) -> np.ndarray:
+        """Return bool [n_tokens, n_kv]: each token sees the cells of its sequence up to its own position."""
+        bits = np.left_shift(np.uint64(1), seq_id.astype(np.uint64))
+        visible = self.pos[:n_kv] <= pos[:, None]
+        visible &= (self.seqs[:n_kv] & bits[:, None]) != 0
+        return visible
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._ctx.close()
+        self._buffer.close()
+
+
+def _pad(n: int) -> int:
+    return -(-max(n, 1) // N_PAD) * N_PAD

@@ -1,0 +1,27 @@
+"""The foundation: the bytes that all tasks share, mapped once."""
+
+from __future__ import annotations
+
+from pyggml_adapt.errors import AdaptorError, StrPath
+from pyggml_adapt.ggml import GGUFReader
+from pyggml_adapt.weights.identity import kind
+from pyggml_adapt.weights.mapping import MappedFile
+
+
+class Foundation(MappedFile):
+    """A `*-foundation.gguf`, or any complete model that adaptors were split from."""
+
+    def __init__(self, path: StrPath, *, use_mmap: bool = True, use_mlock: bool = False):
+        """Raises: FileAccessError, FileFormatError; AdaptorError (adaptor_invalid) if the file is an adaptor."""
+        self.reader = GGUFReader(path)  # kept: each adaptor is compared with it
+        found = kind(self.reader)
+        if found not in ("foundation", "model"):
+            raise AdaptorError(f"{self.reader.path}: expected a foundation or a complete model, not an adapter ({found})",
+                               code="adaptor_invalid")
+        super().__init__(self.reader, use_mmap=use_mmap, use_mlock=use_mlock)
+        self.is_complete = found == "model"  # a model by itself, so that it is the task `base` too
+
+    def close(self) -> None:
+        """Unmap the file."""
+        super().close()
+        self.reader.close()
