@@ -11,6 +11,18 @@ from pyggml_adapt.tools import inspect, link, merge, split, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaptorError", "Error", "Host", "SamplerParams", "Session", "Swap", "build_info", "errors", "ggml", "inspect",
-    "link", "merge", "split", "verify",
+    "AdaptorError",
+    "Error",
+    "Host",
+    "SamplerParams",
+    "Session",
+    "Swap",
+    "build_info",
+    "errors",
+    "ggml",
+    "inspect",
+    "link",
+    "merge",
+    "split",
+    "verify",
 ]

@@ -29,5 +29,11 @@ def build_info() -> dict[str, object]:
 
 def _describe(device: Device) -> dict[str, object]:
     free, total = device.memory
-    return {"name": device.name, "description": device.description, "type": device.type.name,
-            "backend": device.backend_name, "memory_free": free, "memory_total": total}
+    return {
+        "name": device.name,
+        "description": device.description,
+        "type": device.type.name,
+        "backend": device.backend_name,
+        "memory_free": free,
+        "memory_total": total,
+    }

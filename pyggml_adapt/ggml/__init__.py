@@ -9,7 +9,25 @@ from pyggml_adapt.ggml.graph import CGraph, GAllocr, Sched, Slots, TensorTable
 from pyggml_adapt.ggml.quants import dequantize, quantize
 
 __all__ = [
-    "Backend", "Buffer", "BufferType", "CGraph", "Context", "Device", "DeviceType", "GAllocr", "GGUFReader",
-    "RopeType", "Sched", "Slots", "Status", "Tensor", "TensorTable", "Type", "default_n_threads",
-    "dequantize", "ggml_version", "ops", "quantize",
+    "Backend",
+    "Buffer",
+    "BufferType",
+    "CGraph",
+    "Context",
+    "Device",
+    "DeviceType",
+    "GAllocr",
+    "GGUFReader",
+    "RopeType",
+    "Sched",
+    "Slots",
+    "Status",
+    "Tensor",
+    "TensorTable",
+    "Type",
+    "default_n_threads",
+    "dequantize",
+    "ggml_version",
+    "ops",
+    "quantize",
 ]

@@ -12,6 +12,7 @@ from pyggml_adapt.ggml.enums import DeviceType
 from pyggml_adapt.ggml.status import last_log
 
 MAX_THREADS = c.GGML_MAX_N_THREADS
+cdef size_t MAX_NBYTES = <size_t> 1 << 60  # of a buffer: ggml adds an alignment without looking for overflow
 
 
 cdef class Device:
@@ -19,6 +20,11 @@ cdef class Device:
 
     def __init__(self):
         raise TypeError("devices come from Device.all() and Device.cpu()")
+
+    cdef c.ggml_backend_dev_t ptr(self) except NULL:
+        if self._ptr == NULL:  # made by Device.__new__
+            raise ClosedError("this Device is none of ggml's")
+        return self._ptr
 
     @staticmethod
     def all():
@@ -33,7 +39,7 @@ cdef class Device:
 
     @staticmethod
     def backends():
-        """Return the names of the backends that are compiled in, with or without a device.  Wraps: ggml_backend_reg_get."""
+        """Return the names of the backends that are compiled in.  Wraps: ggml_backend_reg_get."""
         return [(<bytes> c.ggml_backend_reg_name(c.ggml_backend_reg_get(i))).decode()
                 for i in range(c.ggml_backend_reg_count())]
 
@@ -51,34 +57,34 @@ cdef class Device:
     @property
     def name(self):
         """Return the short name, as "CPU" or "CUDA0".  Wraps: ggml_backend_dev_name."""
-        return (<bytes> c.ggml_backend_dev_name(self._ptr)).decode()
+        return (<bytes> c.ggml_backend_dev_name(self.ptr())).decode()
 
     @property
     def description(self):
         """Return the name of the hardware.  Wraps: ggml_backend_dev_description."""
-        return (<bytes> c.ggml_backend_dev_description(self._ptr)).decode("utf-8", "replace")
+        return (<bytes> c.ggml_backend_dev_description(self.ptr())).decode("utf-8", "replace")
 
     @property
     def type(self):
         """Return what kind of device it is.  Wraps: ggml_backend_dev_type."""
-        return DeviceType(<int> c.ggml_backend_dev_get_type(self._ptr))
+        return DeviceType(<int> c.ggml_backend_dev_get_type(self.ptr()))
 
     @property
     def backend_name(self):
         """Return the name of the backend that drives it, as "CPU" or "CUDA".  Wraps: ggml_backend_reg_name."""
-        return (<bytes> c.ggml_backend_reg_name(c.ggml_backend_dev_backend_reg(self._ptr))).decode()
+        return (<bytes> c.ggml_backend_reg_name(c.ggml_backend_dev_backend_reg(self.ptr()))).decode()
 
     @property
     def memory(self):
         """Return (free, total) bytes of device memory.  Wraps: ggml_backend_dev_memory."""
         cdef size_t free = 0, total = 0
-        c.ggml_backend_dev_memory(self._ptr, &free, &total)
+        c.ggml_backend_dev_memory(self.ptr(), &free, &total)
         return free, total
 
     @property
     def features(self):
         """Return what the backend was compiled to use, as {"AVX2": "1", ...}.  Wraps: ggml_backend_get_features."""
-        cdef c.ggml_backend_reg_t reg = c.ggml_backend_dev_backend_reg(self._ptr)
+        cdef c.ggml_backend_reg_t reg = c.ggml_backend_dev_backend_reg(self.ptr())
         cdef c.ggml_backend_get_features_t get = <c.ggml_backend_get_features_t> c.ggml_backend_reg_get_proc_address(
             reg, "ggml_backend_get_features")
         found = {}
@@ -94,7 +100,7 @@ cdef class Device:
     def buffer_type(self):
         """Return the device's own kind of memory.  Wraps: ggml_backend_dev_buffer_type."""
         cdef BufferType buft = BufferType.__new__(BufferType)
-        buft._ptr = c.ggml_backend_dev_buffer_type(self._ptr)
+        buft._ptr = c.ggml_backend_dev_buffer_type(self.ptr())
         return buft
 
     def __repr__(self):
@@ -107,20 +113,25 @@ cdef class BufferType:
     def __init__(self):
         raise TypeError("buffer types come from Device.buffer_type")
 
+    cdef c.ggml_backend_buffer_type_t ptr(self) except NULL:
+        if self._ptr == NULL:  # made by BufferType.__new__
+            raise ClosedError("this BufferType is none of ggml's")
+        return self._ptr
+
     @property
     def name(self):
         """Return its name.  Wraps: ggml_backend_buft_name."""
-        return (<bytes> c.ggml_backend_buft_name(self._ptr)).decode()
+        return (<bytes> c.ggml_backend_buft_name(self.ptr())).decode()
 
     @property
     def alignment(self):
         """Return the bytes that a tensor's start is a multiple of.  Wraps: ggml_backend_buft_get_alignment."""
-        return c.ggml_backend_buft_get_alignment(self._ptr)
+        return c.ggml_backend_buft_get_alignment(self.ptr())
 
     @property
     def is_host(self):
         """Return whether the CPU can address it.  Wraps: ggml_backend_buft_is_host."""
-        return bool(c.ggml_backend_buft_is_host(self._ptr))
+        return bool(c.ggml_backend_buft_is_host(self.ptr()))
 
     def __repr__(self):
         return f"<BufferType {self.name}>"
@@ -149,6 +160,9 @@ cdef class Buffer(Owner):
             self._mapped = False
             PyBuffer_Release(&self._mapping)
 
+    cdef bint owns_readonly(self, c.ggml_backend_buffer * buffer) noexcept:
+        return buffer == self._ptr and self._mapped and self._mapping.readonly
+
     cdef c.ggml_backend_buffer_t ptr(self) except NULL:
         if self._ptr == NULL:
             raise ClosedError("Buffer is closed")
@@ -161,8 +175,11 @@ cdef class Buffer(Owner):
         Raises: AllocError when there is not enough memory.
         """
         cdef Buffer self = Buffer.__new__(Buffer)
+        cdef c.ggml_backend_buffer_type_t buft = buffer_type.ptr()
+        if nbytes > MAX_NBYTES:
+            raise AllocError(f"no memory for a buffer of {nbytes} bytes")
         with nogil:
-            self._ptr = c.ggml_backend_buft_alloc_buffer(buffer_type._ptr, nbytes)
+            self._ptr = c.ggml_backend_buft_alloc_buffer(buft, nbytes)
         if self._ptr == NULL:
             raise AllocError(f"no memory for a buffer of {nbytes} bytes of {buffer_type.name} memory: {last_log()}")
         if clear and nbytes:
@@ -175,7 +192,7 @@ cdef class Buffer(Owner):
         """Return a buffer over the bytes of an object with the buffer protocol, such as mmap.mmap; nothing is copied.
 
         The object stays exported, so that it cannot be unmapped, until the buffer is closed.  If it is read-only,
-        so must be the tensors: writing to them ends the process.
+        so are the tensors placed in it.
         Raises: ShapeError if its address is not a multiple of the CPU's alignment.
         """
         cdef Buffer self = Buffer.__new__(Buffer)
@@ -244,7 +261,7 @@ cdef class Backend(Owner):
         self.n_threads = default_n_threads() if n_threads is None else n_threads
         if not 1 <= self.n_threads <= c.GGML_MAX_N_THREADS:
             raise BackendError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {self.n_threads}")
-        self._ptr = c.ggml_backend_dev_init(self.device._ptr, NULL)
+        self._ptr = c.ggml_backend_dev_init(self.device.ptr(), NULL)
         if self._ptr == NULL:
             raise BackendError(f"device {self.device.name} cannot be initialised: {last_log()}")
         cdef c.ggml_backend_set_n_threads_t set_threads = <c.ggml_backend_set_n_threads_t> find(

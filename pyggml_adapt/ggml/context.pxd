@@ -11,19 +11,29 @@ cdef class Owner:
     cdef void _release(self) noexcept
     cdef int check(self) except -1
     cdef int depend_on(self, Owner other) except -1
+    cdef bint owns_readonly(self, c.ggml_backend_buffer * buffer) noexcept
 
 
+cdef enum:
+    MAX_ELEMENTS = 1 << 42  # of one tensor: ggml adds up sizes in bytes without looking for overflow
+
+
+cdef list reach(list owners)
 cdef list acquire(list owners)
 cdef void release(list owners) noexcept
+cdef int count(list todo, set seen) except -1
+cdef int read_ne(int64_t * dims, str op, ne) except -1
 
 
 cdef class Context(Owner):
     cdef c.ggml_context * _ptr
     cdef void * _mem
     cdef readonly size_t mem_size
-    cdef bint uses_foreign
+    cdef size_t n_tensors, n_foreign
     cdef c.ggml_context * ptr(self) except NULL
     cdef c.ggml_context * room(self, int n_tensors) except NULL
+    cdef bint holds(self, c.ggml_tensor * tensor) noexcept
+    cdef Context home(self, c.ggml_tensor * tensor)
     cdef Tensor wrap(self, c.ggml_tensor * tensor)
 
 
@@ -32,4 +42,5 @@ cdef class Tensor:
     cdef readonly Context ctx
     cdef c.ggml_tensor * ptr(self) except NULL
     cdef c.ggml_tensor * with_data(self) except NULL
+    cdef c.ggml_backend_buffer * buffer(self) except NULL
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL

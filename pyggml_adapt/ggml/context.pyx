@@ -2,7 +2,7 @@
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport INT64_MAX, int64_t
+from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libggml as c
 
@@ -39,6 +39,9 @@ cdef class Owner:
             self._uses.add(other)
         return 0
 
+    cdef bint owns_readonly(self, c.ggml_backend_buffer * buffer) noexcept:
+        return False
+
     @property
     def closed(self):
         """Return whether close() was called."""
@@ -62,8 +65,8 @@ cdef class Owner:
         self.close()
 
 
-cdef list acquire(list owners):
-    """Return every owner that `owners` depend on, each checked to be open and marked as in use."""
+cdef list reach(list owners):
+    """Return every owner that `owners` depend on, themselves included, each checked to be open."""
     cdef list found = list(owners)
     cdef set seen = set(found)
     cdef Owner owner
@@ -76,6 +79,13 @@ cdef list acquire(list owners):
                 seen.add(other)
                 found.append(other)
         i += 1
+    return found
+
+
+cdef list acquire(list owners):
+    """Return every owner that `owners` depend on, each checked to be open and marked as in use."""
+    cdef list found = reach(owners)
+    cdef Owner owner
     for owner in found:
         owner._in_use += 1
     return found
@@ -85,6 +95,40 @@ cdef void release(list owners) noexcept:
     cdef Owner owner
     for owner in owners:
         owner._in_use -= 1
+
+
+cdef int count(list todo, set seen) except -1:
+    """Add to `seen` the addresses in `todo` and of all that these are computed from; return how many are leaves."""
+    cdef c.ggml_tensor * t
+    cdef int i, n_leaves = 0
+    seen.update(todo)
+    while todo:
+        t = <c.ggml_tensor *> <size_t> todo.pop()
+        n_leaves += t.op == c.GGML_OP_NONE
+        for i in range(c.GGML_MAX_SRC):
+            if t.src[i] != NULL and <size_t> t.src[i] not in seen:
+                seen.add(<size_t> t.src[i])
+                todo.append(<size_t> t.src[i])
+    return n_leaves
+
+
+cdef int read_ne(int64_t * dims, str op, ne) except -1:
+    """Fill dims from ne, 1 to 4 dimensions, padded with ones, and check that a tensor can have that shape."""
+    cdef int i, n_dims = len(ne)
+    cdef double n_elements = 1
+    if not 1 <= n_dims <= c.GGML_MAX_DIMS:
+        raise ShapeError(f"{op}: {n_dims} dimensions, not 1 to {c.GGML_MAX_DIMS}")
+    for i in range(c.GGML_MAX_DIMS):
+        dims[i] = 1
+        if i < n_dims:
+            try:
+                dims[i] = ne[i]
+            except OverflowError:
+                dims[i] = -1
+        n_elements *= max(dims[i], 1)
+        if dims[i] < 0 or n_elements > MAX_ELEMENTS:
+            raise ShapeError(f"{op}: impossible shape {list(ne)}")
+    return 0
 
 
 cdef class Context(Owner):
@@ -126,7 +170,20 @@ cdef class Context(Owner):
         cdef c.ggml_context * ptr = self.ptr()
         if c.ggml_used_mem(ptr) + n_tensors * c.ggml_tensor_overhead() > self.mem_size:
             raise AllocError(f"Context of {self.mem_size} bytes is full: {c.ggml_used_mem(ptr)} bytes are used")
+        self.n_tensors += n_tensors
         return ptr
+
+    cdef bint holds(self, c.ggml_tensor * tensor) noexcept:
+        return <char *> self._mem <= <char *> tensor < <char *> self._mem + self.mem_size
+
+    cdef Context home(self, c.ggml_tensor * tensor):
+        """Return the Context that owns `tensor`: this one, or one that this one depends on."""
+        if self.holds(tensor):
+            return self
+        for owner in reach([self]):
+            if isinstance(owner, Context) and (<Context> owner).holds(tensor):
+                return owner
+        raise ClosedError("the Context of this Tensor is closed")
 
     cdef Tensor wrap(self, c.ggml_tensor * tensor):
         cdef Tensor view = Tensor.__new__(Tensor)
@@ -152,19 +209,11 @@ cdef class Context(Owner):
         Wraps: ggml_new_tensor, ggml_set_name.
         """
         cdef int64_t dims[4]
-        cdef int64_t n_elements = 1
-        cdef int i, n_dims = len(ne)
         cdef int t = Type(type)
-        if not 1 <= n_dims <= c.GGML_MAX_DIMS:
-            raise ShapeError(f"new_tensor: {n_dims} dimensions, not 1 to {c.GGML_MAX_DIMS}")
-        for i in range(n_dims):
-            dims[i] = ne[i]
-            if dims[i] < 0 or (dims[i] > 0 and n_elements > INT64_MAX // 64 // dims[i]):
-                raise ShapeError(f"new_tensor: impossible shape {list(ne)}")
-            n_elements *= max(dims[i], 1)
+        read_ne(dims, "new_tensor", ne)
         if dims[0] % c.ggml_blck_size(<c.ggml_type> t):
             raise ShapeError(f"new_tensor: ne0 = {dims[0]} is not a multiple of {Type(t).name}'s block size")
-        cdef Tensor tensor = self.wrap(c.ggml_new_tensor(self.room(1), <c.ggml_type> t, n_dims, dims))
+        cdef Tensor tensor = self.wrap(c.ggml_new_tensor(self.room(1), <c.ggml_type> t, c.GGML_MAX_DIMS, dims))
         if name is not None:
             tensor.name = name
         return tensor
@@ -177,22 +226,31 @@ cdef class Tensor:
         raise TypeError("tensors come from Context.new_tensor or from an op")
 
     cdef c.ggml_tensor * ptr(self) except NULL:
-        if self.ctx._ptr == NULL:
+        if self.ctx is None or self.ctx._ptr == NULL:  # None: made by Tensor.__new__
             raise ClosedError("the Context of this Tensor is closed")
         return self._ptr
 
     cdef c.ggml_tensor * with_data(self) except NULL:
         """Return the pointer if the tensor has data in an open buffer."""
         cdef c.ggml_tensor * t = self.ptr()
-        if t.data == NULL or t.buffer == NULL:
-            raise ClosedError(f"tensor {self.name!r} has no data: it is not allocated")
-        for owner in self.ctx._uses:
-            (<Owner> owner).check()
+        reach([self.ctx])
+        self.buffer()
         return t
 
+    cdef c.ggml_backend_buffer * buffer(self) except NULL:
+        """Return the buffer that the tensor's data is in; its owners must have been checked to be open."""
+        cdef c.ggml_tensor * t = self.ptr()
+        cdef c.ggml_backend_buffer * found = NULL
+        if t.data != NULL:
+            found = t.buffer if t.view_src == NULL else t.view_src.buffer
+        if found == NULL:
+            raise ClosedError(f"tensor {self.name!r} has no data: it is not allocated")
+        return found
+
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL:
-        """Return the pointer if bytes offset to offset + nbytes are inside the tensor."""
-        cdef c.ggml_tensor * t = self.with_data()
+        """Return the pointer if the tensor has data, and bytes offset to offset + nbytes are inside it."""
+        cdef c.ggml_tensor * t = self.ptr()
+        self.buffer()
         cdef size_t size = c.ggml_nbytes(t)
         if offset > size or nbytes > size - offset:
             raise ShapeError(f"tensor {self.name!r} has {size} bytes, not {nbytes} at offset {offset}")
@@ -265,16 +323,20 @@ cdef class Tensor:
     def set_data(self, data, size_t offset=0):
         """Copy a contiguous buffer (bytes, NumPy array) into the tensor's bytes at `offset`.
 
-        Raises: ShapeError if it does not fit, ClosedError if the tensor has no data.  Releases the GIL.
+        Raises: ShapeError if it does not fit, ClosedError if the tensor has no data, DTypeError if its buffer is a
+        read-only mapping.  Releases the GIL.
         Wraps: ggml_backend_tensor_set.
         """
         cdef Py_buffer view
         cdef c.ggml_tensor * t
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            t = self.range(offset, view.len)
             held = acquire([self.ctx])
             try:
+                t = self.range(offset, view.len)
+                for owner in held:
+                    if (<Owner> owner).owns_readonly(self.buffer()):
+                        raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
                 with nogil:
                     c.ggml_backend_tensor_set(t, view.buf, offset, view.len)
             finally:
@@ -292,9 +354,9 @@ cdef class Tensor:
         cdef c.ggml_tensor * t
         PyObject_GetBuffer(out, &view, PyBUF_WRITABLE)
         try:
-            t = self.range(offset, view.len)
             held = acquire([self.ctx])
             try:
+                t = self.range(offset, view.len)
                 with nogil:
                     c.ggml_backend_tensor_get(t, view.buf, offset, view.len)
             finally:
@@ -325,6 +387,6 @@ cdef class Tensor:
         return out
 
     def __repr__(self):
-        if self.ctx._ptr == NULL:
+        if self.ctx is None or self.ctx._ptr == NULL:
             return "<Tensor of a closed Context>"
         return f"<Tensor {self.name!r} {self.type.name} {list(self.ne)} {self.op}>"

@@ -58,8 +58,17 @@ class LayerWeights(Weights):
 class GraphBuilder:
     """Build the graph of one forward pass over n_tokens tokens that attend to n_kv cells of the cache."""
 
-    def __init__(self, ctx: Context, graph: CGraph, hp: HParams, inputs: Inputs, *, n_kv: int,
-                 k_l: list[Tensor], v_l: list[Tensor]):
+    def __init__(
+        self,
+        ctx: Context,
+        graph: CGraph,
+        hp: HParams,
+        inputs: Inputs,
+        *,
+        n_kv: int,
+        k_l: list[Tensor],
+        v_l: list[Tensor],
+    ):
         """k_l, v_l: the cache's tensors of each layer, [n_embd_k_gqa, n_cells]."""
         self.ctx, self.graph, self.hp, self.inputs = ctx, graph, hp, inputs
         self.n_tokens, self.n_outputs, self.n_kv = inputs.n_tokens, inputs.n_outputs, n_kv
@@ -111,9 +120,21 @@ class GraphBuilder:
     def rope(self, cur: Tensor, rope_type: RopeType, freq_factors: Tensor | None) -> Tensor:
         """Return cur [n_embd_head, n_head, n_tokens] rotated by the positions of its tokens."""
         hp = self.hp
-        return ops.rope_ext(self.ctx, cur, self.inputs.pos, freq_factors, hp.n_rot, rope_type, hp.n_ctx_orig_yarn,
-                            hp.rope_freq_base, hp.rope_freq_scale, hp.yarn_ext_factor, hp.yarn_attn_factor,
-                            hp.yarn_beta_fast, hp.yarn_beta_slow)
+        return ops.rope_ext(
+            self.ctx,
+            cur,
+            self.inputs.pos,
+            freq_factors,
+            hp.n_rot,
+            rope_type,
+            hp.n_ctx_orig_yarn,
+            hp.rope_freq_base,
+            hp.rope_freq_scale,
+            hp.yarn_ext_factor,
+            hp.yarn_attn_factor,
+            hp.yarn_beta_fast,
+            hp.yarn_beta_slow,
+        )
 
     def hadamard(self, cur: Tensor, rotation: Tensor | None) -> Tensor:
         """Return cur with its rows rotated block by block, if the cache's type asks for it."""
@@ -157,7 +178,7 @@ class GraphBuilder:
         return k, v
 
     def attn(self, q: Tensor, k: Tensor, v: Tensor, w: LayerWeights, il: int) -> Tensor:
-        """Return the attention over the cache, this batch included, through the output projection: [n_embd, n_tokens]."""
+        """Return the attention over the cache, this batch included, projected to [n_embd, n_tokens]."""
         q = self.graph.expand(self.hadamard(q, self.inputs.k_rot))
         self.store_kv(k, v, il)
         k, v = self._cached(il)
@@ -173,13 +194,13 @@ class GraphBuilder:
         if v.type == Type.F32:
             v = ops.cast(ctx, v, Type.F16)
         cur = ops.flash_attn_ext(ctx, q, k, v, self.inputs.kq_mask, self.kq_scale)
-        ops.mul_mat_set_prec_f32(cur)                         # [n_embd_head, n_head, n_tokens]
+        ops.mul_mat_set_prec_f32(cur)  # [n_embd_head, n_head, n_tokens]
         return ops.reshape(ctx, cur, cur.ne[0] * cur.ne[1], cur.ne[2])
 
     def _attn_soft_max(self, q: Tensor, k: Tensor, v: Tensor, il: int) -> Tensor:
         ctx = self.ctx
         q, k, v = (ops.permute(ctx, cur, 0, 2, 1, 3) for cur in (self._per_token(q), k, v))
-        kq = self.named(ops.mul_mat(ctx, k, q), "kq", il)     # [n_kv, n_tokens, n_head]
+        kq = self.named(ops.mul_mat(ctx, k, q), "kq", il)  # [n_kv, n_tokens, n_head]
         ops.mul_mat_set_prec_f32(kq)
         kq = self.named(ops.soft_max_ext(ctx, kq, self.inputs.kq_mask, self.kq_scale), "kq_soft_max", il)
         kqv = self.named(ops.mul_mat(ctx, v, kq), "kqv", il)  # [n_embd_head, n_tokens, n_head]

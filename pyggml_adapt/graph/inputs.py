@@ -17,9 +17,9 @@ HADAMARD_MIN = 64  # heads that are a multiple of this are rotated before they a
 class Batch(Protocol):
     """What is evaluated at once; arrays of n_tokens elements."""
 
-    tokens: np.ndarray   # int32
-    pos: np.ndarray      # int32
-    cells: np.ndarray    # int64, where in the cache each token's K and V go
+    tokens: np.ndarray  # int32
+    pos: np.ndarray  # int32
+    cells: np.ndarray  # int64, where in the cache each token's K and V go
     out_ids: np.ndarray  # int32, which tokens' logits are wanted
 
     def mask(self, n_kv: int) -> np.ndarray:
@@ -29,8 +29,19 @@ class Batch(Protocol):
 class Inputs:
     """Input tensors for n_tokens tokens and n_kv cells, in the layouts that the cache's types ask for."""
 
-    def __init__(self, ctx: Context, *, n_tokens: int, n_outputs: int, n_kv: int, n_cells: int, n_embd_v_gqa: int,
-                 flash_attn: bool, k_rot: int = 0, v_rot: int = 0):
+    def __init__(
+        self,
+        ctx: Context,
+        *,
+        n_tokens: int,
+        n_outputs: int,
+        n_kv: int,
+        n_cells: int,
+        n_embd_v_gqa: int,
+        flash_attn: bool,
+        k_rot: int = 0,
+        v_rot: int = 0,
+    ):
         """k_rot, v_rot: sizes of the Hadamard rotations of K and V, 0 for none."""
         self.n_tokens, self.n_outputs, self.n_kv = n_tokens, n_outputs, n_kv
         self.n_cells, self.n_embd_v_gqa, self.flash_attn = n_cells, n_embd_v_gqa, flash_attn

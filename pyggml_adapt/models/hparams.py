@@ -144,8 +144,10 @@ def _rope(keys: _Keys, n_ctx_train: int) -> dict[str, object]:
     """
     kind = keys.metadata.get(f"{keys.arch}.rope.scaling.type", "linear")
     if kind not in ROPE_SCALING_TYPES:
-        raise ModelError(f"{keys.arch}.rope.scaling.type = {kind!r} is not implemented; "
-                         f"implemented are {', '.join(ROPE_SCALING_TYPES)}")
+        raise ModelError(
+            f"{keys.arch}.rope.scaling.type = {kind!r} is not implemented; "
+            f"implemented are {', '.join(ROPE_SCALING_TYPES)}"
+        )
     factor = keys.number("rope.scaling.factor", 0.0, least=0.0)
     if f"{keys.arch}.rope.scaling.factor" not in keys.metadata:
         factor = keys.number("rope.scale_linear", 0.0, least=0.0)

@@ -45,24 +45,27 @@ class Llama(Model):
             yield TensorSpec("ffn_down_exps.weight", (hp.n_ff, hp.n_embd, hp.n_expert))
             yield TensorSpec("ffn_up_exps.weight", (hp.n_embd, hp.n_ff, hp.n_expert))
             return
-        for name, ne in (("ffn_gate", (hp.n_embd, hp.n_ff)), ("ffn_down", (hp.n_ff, hp.n_embd)),
-                         ("ffn_up", (hp.n_embd, hp.n_ff))):
+        for name, ne in (
+            ("ffn_gate", (hp.n_embd, hp.n_ff)),
+            ("ffn_down", (hp.n_ff, hp.n_embd)),
+            ("ffn_up", (hp.n_embd, hp.n_ff)),
+        ):
             yield TensorSpec(f"{name}.weight", ne)
             yield TensorSpec(f"{name}.bias", ne[1:], required=False)
 
     def build_layer(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor | None:
-        inp = cur                                                    # [n_embd, n_tokens]
+        inp = cur  # [n_embd, n_tokens]
         cur = g.named(g.norm(cur, w.attn_norm, il), "attn_norm", il)
-        q, k, v = g.qkv(cur, w, il)                                  # [n_embd_head, n_head or n_head_kv, n_tokens]
+        q, k, v = g.qkv(cur, w, il)  # [n_embd_head, n_head or n_head_kv, n_tokens]
         q = g.named(g.rope(q, self.rope_type, w.model.rope_freqs), "Qcur", il)
         k = g.named(g.rope(k, self.rope_type, w.model.rope_freqs), "Kcur", il)
         if il == self.hp.n_layer - 1 and g.n_outputs == 0:
-            return g.store_kv(k, v, il)
+            g.store_kv(k, v, il)
+            return None
         cur = g.named(g.attn(q, k, v, w, il), "attn_out", il)
         if il == self.hp.n_layer - 1:
-            cur, inp = g.output_rows(cur), g.output_rows(inp)        # [n_embd, n_outputs]
+            cur, inp = g.output_rows(cur), g.output_rows(inp)  # [n_embd, n_outputs]
         inp = g.named(g.add(cur, inp), "ffn_inp", il)
         cur = g.named(g.norm(inp, w.ffn_norm, il), "ffn_norm", il)
         cur = g.moe_ffn(cur, w, il) if self.hp.n_expert else g.ffn(cur, w, il)
-        cur = g.named(g.add(cur, inp), "l_out", il)
-        return cur
+        return g.named(g.add(cur, inp), "l_out", il)

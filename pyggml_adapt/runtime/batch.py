@@ -16,7 +16,7 @@ class UBatch:
     tokens, pos: int32 [n_tokens].  seq_id: int64 [n_tokens].  cells: int64 [n_tokens].  out_ids: int32 [n_outputs].
     """
 
-    __slots__ = ("tokens", "pos", "seq_id", "cells", "out_ids", "_cache")
+    __slots__ = ("_cache", "cells", "out_ids", "pos", "seq_id", "tokens")
 
     def __init__(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq_id: np.ndarray, out_ids: np.ndarray):
         self._cache = cache
@@ -28,7 +28,7 @@ class UBatch:
         return self._cache.mask(self.pos, self.seq_id, n_kv)
 
 
-def as_tokens(ids: Sequence[int], n_vocab: int) -> np.ndarray:
+def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> np.ndarray:
     """Return token ids as int32 [n].
 
     Raises: TokenError if there are none or one is not from 0 to n_vocab - 1, naming it.
@@ -47,16 +47,23 @@ def as_tokens(ids: Sequence[int], n_vocab: int) -> np.ndarray:
     return np.ascontiguousarray(tokens, dtype=np.int32)
 
 
-def split(tokens: np.ndarray, n_past: int, n_ubatch: int, *, all_logits: bool) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield (tokens, pos, out_ids) in pieces of n_ubatch; only the last token has an output unless all_logits."""
-    for start in range(0, len(tokens), n_ubatch):
-        piece = tokens[start:start + n_ubatch]
-        n = len(piece)
-        pos = np.arange(n_past + start, n_past + start + n, dtype=np.int32)
+def split(
+    tokens: np.ndarray, n_past: int, n_batch: int, n_ubatch: int, *, all_logits: bool
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield (tokens, pos, out_ids) in pieces: batches of n_batch, each in pieces of n_ubatch, as llama.cpp's.
+
+    Only the last token has an output unless all_logits.
+    """
+    n_tokens = len(tokens)
+    starts = [
+        start
+        for batch in range(0, n_tokens, n_batch)
+        for start in range(batch, min(batch + n_batch, n_tokens), n_ubatch)
+    ]
+    for start, end in zip(starts, [*starts[1:], n_tokens], strict=True):
+        pos = np.arange(n_past + start, n_past + end, dtype=np.int32)
         if all_logits:
-            out_ids = np.arange(n, dtype=np.int32)
-        elif start + n == len(tokens):
-            out_ids = np.array([n - 1], dtype=np.int32)
+            out_ids = np.arange(end - start, dtype=np.int32)
         else:
-            out_ids = np.empty(0, dtype=np.int32)
-        yield piece, pos, out_ids
+            out_ids = np.array([end - start - 1] if end == n_tokens else [], dtype=np.int32)
+        yield tokens[start:end], pos, out_ids

@@ -15,23 +15,42 @@ from pyggml_adapt.runtime.batch import UBatch
 from pyggml_adapt.runtime.kv_cache import KVCache
 from pyggml_adapt.weights.store import TaskWeights
 
-MAX_GRAPHS = 16                   # kept for reuse
-MAX_IDLE_NBYTES = 24 * 1024**2    # of compute memory in graphs that are kept but not the last one used
+MAX_GRAPHS = 16  # kept for reuse
+MAX_IDLE_NBYTES = 24 * 1024**2  # of compute memory in graphs that are kept but not the last one used
 
 
 class Program:
     """One graph, built and allocated, whose weights and cache can be exchanged."""
 
-    def __init__(self, model: Model, weights: TaskWeights, cache: KVCache, buffer_type: BufferType, *, n_tokens: int,
-                 n_outputs: int, n_kv: int, flash_attn: bool):
+    def __init__(
+        self,
+        model: Model,
+        weights: TaskWeights,
+        cache: KVCache,
+        buffer_type: BufferType,
+        *,
+        n_tokens: int,
+        n_outputs: int,
+        n_kv: int,
+        flash_attn: bool,
+    ):
         hp = model.hp
         graph_size = 256 + hp.n_layer * (96 + 6 * hp.n_expert_used)  # nodes and leaves, with room to spare
         ctx = Context(Context.size_for(graph_size, graph_size))
         self.graph = CGraph(ctx, graph_size)
         self._weight_slots, self._cache_slots = Slots(self.graph), Slots(self.graph)
         k_rot, v_rot = hadamard_sizes(cache.type_k, cache.type_v, hp.n_embd_head_k, hp.n_embd_head_v)
-        self.inputs = Inputs(ctx, n_tokens=n_tokens, n_outputs=n_outputs, n_kv=n_kv, n_cells=cache.n_cells,
-                             n_embd_v_gqa=hp.n_embd_v_gqa, flash_attn=flash_attn, k_rot=k_rot, v_rot=v_rot)
+        self.inputs = Inputs(
+            ctx,
+            n_tokens=n_tokens,
+            n_outputs=n_outputs,
+            n_kv=n_kv,
+            n_cells=cache.n_cells,
+            n_embd_v_gqa=hp.n_embd_v_gqa,
+            flash_attn=flash_attn,
+            k_rot=k_rot,
+            v_rot=v_rot,
+        )
         k_l = [self._cache_slots.add(k) for k in cache.k_l]
         v_l = [self._cache_slots.add(v) for v in cache.v_l]
         w = Weights(self._weight_slots, weights.tensors)
@@ -119,8 +138,16 @@ class Engine:
         program = self._programs.get(key)
         if program is None:
             self._trim()
-            program = Program(model, weights, cache, self._buffer_type, n_tokens=n_tokens, n_outputs=n_outputs,
-                              n_kv=n_kv, flash_attn=self.flash_attn)
+            program = Program(
+                model,
+                weights,
+                cache,
+                self._buffer_type,
+                n_tokens=n_tokens,
+                n_outputs=n_outputs,
+                n_kv=n_kv,
+                flash_attn=self.flash_attn,
+            )
             self._programs[key] = program
         self._programs.move_to_end(key)
         return program

@@ -18,7 +18,7 @@ from pyggml_adapt.runtime.session import Generation, Session, Timings
 from pyggml_adapt.text import Tokenizer
 from pyggml_adapt.weights.adaptor import Adaptor
 from pyggml_adapt.weights.foundation import Foundation
-from pyggml_adapt.weights.store import Location, TaskWeights, WeightStore
+from pyggml_adapt.weights.store import BASE, Location, TaskWeights, WeightStore
 
 
 class Swap(NamedTuple):
@@ -58,18 +58,32 @@ class Host:
     foundation: a `*-foundation.gguf`, or a complete model, which is then the task `base`.
     adaptors: task name -> path of an adaptor made from this foundation.
     n_threads: of each computation, by default all processors of this process.  n_gpu_layers: layers on a GPU; more
-    than 0 needs a build with a GPU backend.  n_ubatch: tokens that are evaluated at once.  type_k, type_v: of the KV
+    than 0 needs a build with a GPU backend.  n_batch, n_ubatch: long prompts are divided into batches, and these into
+    what is computed at once, as llama.cpp does.  type_k, type_v: of the KV
     cache, "F32", "F16", "BF16", "Q8_0" or "Q4_0".  use_mmap: False reads the weights into private memory.
     Raises: FileAccessError, FileFormatError, AdaptorError, ModelError, BackendError, ParameterError.
     """
 
-    def __init__(self, foundation: StrPath, adaptors: Mapping[str, StrPath] | None = None, *,
-                 n_threads: int | None = None, n_gpu_layers: int = 0, n_ubatch: int = 512, flash_attn: bool = True,
-                 type_k: str = "F16", type_v: str = "F16", use_mmap: bool = True, use_mlock: bool = False):
+    def __init__(
+        self,
+        foundation: StrPath,
+        adaptors: Mapping[str, StrPath] | None = None,
+        *,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        flash_attn: bool = True,
+        type_k: str = "F16",
+        type_v: str = "F16",
+        use_mmap: bool = True,
+        use_mlock: bool = False,
+    ):
         _check_gpu(n_gpu_layers)
-        if n_ubatch < 1:
-            raise ParameterError(f"n_ubatch = {n_ubatch} is not positive")
-        self.n_ubatch = n_ubatch
+        for name, value in (("n_batch", n_batch), ("n_ubatch", n_ubatch)):
+            if value < 1:
+                raise ParameterError(f"{name} = {value} is not positive")
+        self.n_batch, self.n_ubatch = n_batch, n_ubatch
         self._type_k, self._type_v = _cache_type("type_k", type_k), _cache_type("type_v", type_v)
         self._files = {"use_mmap": use_mmap, "use_mlock": use_mlock}
         self._lock = threading.RLock()
@@ -80,8 +94,8 @@ class Host:
         self._engine = Engine(n_threads=n_threads, flash_attn=flash_attn)
         self._store = WeightStore(Foundation(foundation, **self._files))
         try:
-            for task in self._store.tasks:
-                self._tasks[task] = _Task(self._store[task])
+            if self._store.foundation.is_complete and BASE not in (adaptors or {}):
+                self._add(TaskWeights(BASE, self._store.foundation, None))
             for task, path in (adaptors or {}).items():
                 self.load_adaptor(task, path)
         except BaseException:
@@ -100,8 +114,10 @@ class Host:
         Raises: AdaptorError (adaptor_not_found) if none is loaded.
         """
         if self._active is None and not self._store.tasks:
-            raise AdaptorError("no task is loaded: the foundation is not complete by itself, and there is no adaptor",
-                               code="adaptor_not_found")
+            raise AdaptorError(
+                "no task is loaded: the foundation is not complete by itself, and there is no adaptor",
+                code="adaptor_not_found",
+            )
         return self._active or self._store.tasks[0]
 
     @property
@@ -122,11 +138,14 @@ class Host:
             self._store.check_new(task)
             adaptor = Adaptor(task, path, self._store.foundation, **self._files)
             try:
-                self._tasks[task] = _Task(TaskWeights(task, self._store.foundation, adaptor))
+                self._add(TaskWeights(task, self._store.foundation, adaptor))
             except BaseException:
                 adaptor.close()
                 raise
-            self._store.add(self._tasks[task].weights)
+
+    def _add(self, weights: TaskWeights) -> None:
+        self._tasks[weights.task] = _Task(weights)
+        self._store.add(weights)
 
     def unload_adaptor(self, task: str) -> None:
         """Forget a task and unmap its adaptor.
@@ -174,8 +193,9 @@ class Host:
         own = {task: found[f"task {task}"] for task, adaptor in adaptors.items() if adaptor}
         return Memory(found["foundation"], own, kv, self._engine.compute_nbytes, process)
 
-    def tokenize(self, text: str, *, task: str | None = None, add_special: bool = True,
-                 parse_special: bool = False) -> list[int]:
+    def tokenize(
+        self, text: str, *, task: str | None = None, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
         """Return the token ids of a text.
 
         Raises: TokenizerError if the model has no tokenizer that is supported.
@@ -206,8 +226,15 @@ class Host:
             self._sessions.add(session)
             return session
 
-    def generate(self, prompt: str, *, task: str | None = None, max_tokens: int = 128, n_ctx: int | None = None,
-                 **sampling: object) -> str:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        task: str | None = None,
+        max_tokens: int = 128,
+        n_ctx: int | None = None,
+        **sampling: object,
+    ) -> str:
         """Return the text that follows `prompt`; sampling: fields of SamplerParams.
 
         Raises: as session() and TextSession.generate().
@@ -256,11 +283,14 @@ class TextSession(Session):
     """A session that takes and gives text."""
 
     def __init__(self, host: Host, task: _Task, engine: Engine, cache: KVCache):
-        super().__init__(engine, task.model, task.weights, cache, n_ubatch=host.n_ubatch, on_close=host._end)
+        super().__init__(
+            engine, task.model, task.weights, cache, n_batch=host.n_batch, n_ubatch=host.n_ubatch, on_close=host._end
+        )
         self._task = task
 
-    def generate(self, prompt: str | Sequence[int], *, max_tokens: int = 128, parse_special: bool = True,
-                 **sampling: object) -> TextGeneration:
+    def generate(
+        self, prompt: str | Sequence[int], *, max_tokens: int = 128, parse_special: bool = True, **sampling: object
+    ) -> TextGeneration:
         """Return an iterator over pieces of the text that follows `prompt`; sampling: fields of SamplerParams.
 
         prompt: text, or token ids.  Special tokens (BOS) are added to text at the session's start only.
@@ -270,7 +300,9 @@ class TextSession(Session):
             params = SamplerParams(**sampling)  # type: ignore[arg-type]
         except TypeError:
             known = ", ".join(SamplerParams.__slots__)
-            raise ParameterError(f"generate: one of {', '.join(sampling)} is not a parameter; known are {known}") from None
+            raise ParameterError(
+                f"generate: one of {', '.join(sampling)} is not a parameter; known are {known}"
+            ) from None
         tokenizer = self._task.tokenizer
         if isinstance(prompt, str):
             prompt = tokenizer.encode(prompt, add_special=self.n_past == 0, parse_special=parse_special)
@@ -332,6 +364,8 @@ def _check_gpu(n_gpu_layers: int) -> None:
         return
     gpus = [device.name for device in Device.all() if device.type in (DeviceType.GPU, DeviceType.IGPU)]
     if not gpus:
-        raise BackendError(f"n_gpu_layers = {n_gpu_layers}: this build has no GPU backend, or no GPU is present; "
-                           f"see `pyggml-adapt info` and build with -DGGML_CUDA=on, -DGGML_METAL=on, ...")
+        raise BackendError(
+            f"n_gpu_layers = {n_gpu_layers}: this build has no GPU backend, or no GPU is present; "
+            f"see `pyggml-adapt info` and build with -DGGML_CUDA=on, -DGGML_METAL=on, ..."
+        )
     raise BackendError(f"n_gpu_layers = {n_gpu_layers}: running on {', '.join(gpus)} is not implemented yet")

@@ -10,22 +10,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyggml_adapt.errors import ContextFullError, ParameterError
-from pyggml_adapt.ggml import Buffer, Context, Device, Tensor, TensorTable, Type
+from pyggml_adapt.errors import AllocError, ContextFullError, ParameterError
+from pyggml_adapt.ggml import Buffer, Context, Tensor, TensorTable, Type
 
 if TYPE_CHECKING:
     from pyggml_adapt.models import HParams
 
-N_PAD = 256        # n_kv and n_cells are multiples of this, so that graphs are reused; llama.cpp's number
-N_SEQ_MAX = 64     # sequences of a cell are the bits of an uint64
+N_PAD = 256  # n_kv and n_cells are multiples of this, so that graphs are reused; llama.cpp's number
+N_SEQ_MAX = 64  # sequences of a cell are the bits of an uint64
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
 class KVCache:
     """Cells for n_ctx tokens of up to n_seq_max sequences; each cell has a position and the sequences it belongs to."""
 
-    def __init__(self, hp: HParams, n_ctx: int, *, n_seq_max: int = 1, type_k: Type = Type.F16, type_v: Type = Type.F16,
-                 flash_attn: bool = True):
+    def __init__(
+        self,
+        hp: HParams,
+        n_ctx: int,
+        *,
+        n_seq_max: int = 1,
+        type_k: Type = Type.F16,
+        type_v: Type = Type.F16,
+        flash_attn: bool = True,
+    ):
         """Raises: ParameterError for a type or size that cannot be; AllocError."""
         for name, value in (("type_k", type_k), ("type_v", type_v)):
             if value.name not in TYPES:
@@ -34,26 +42,37 @@ class KVCache:
             raise ParameterError(f"type_v = {type_v.name} needs flash attention")
         for name, value, n in (("type_k", type_k, hp.n_embd_head_k), ("type_v", type_v, hp.n_embd_head_v)):
             if n % value.blck_size:
-                raise ParameterError(f"{name} = {value.name} needs heads that are a multiple of {value.blck_size}, not {n}")
+                raise ParameterError(
+                    f"{name} = {value.name} needs heads that are a multiple of {value.blck_size}, not {n}"
+                )
         if not 1 <= n_seq_max <= N_SEQ_MAX:
             raise ParameterError(f"n_seq_max = {n_seq_max} is not from 1 to {N_SEQ_MAX}")
         self.n_ctx, self.n_seq_max, self.type_k, self.type_v = n_ctx, n_seq_max, type_k, type_v
         self.n_cells = _pad(n_ctx)
         self.pos = np.full(self.n_cells, -1, dtype=np.int32)  # -1: empty
-        self.seqs = np.zeros(self.n_cells, dtype=np.uint64)   # bit s: belongs to sequence s
+        self.seqs = np.zeros(self.n_cells, dtype=np.uint64)  # bit s: belongs to sequence s
         self._allocate(hp)
 
     def _allocate(self, hp: HParams) -> None:
         per_token = self.type_k.row_size(hp.n_embd_k_gqa) + self.type_v.row_size(hp.n_embd_v_gqa)
         self.nbytes = per_token * self.n_cells * hp.n_layer
         self._ctx = Context(Context.size_for(2 * hp.n_layer))
-        self._buffer = Buffer.from_mapping(mmap.mmap(-1, self.nbytes))  # zeros, resident only where they are written
+        try:
+            memory = mmap.mmap(-1, self.nbytes)  # zeros, resident only where they are written
+        except OSError as error:
+            raise AllocError(
+                f"no memory for a KV cache of {self.nbytes} bytes: use a smaller n_ctx than {self.n_ctx}, "
+                f"or a smaller type"
+            ) from error
+        self._buffer = Buffer.from_mapping(memory)
         self.k_l: list[Tensor] = []
         self.v_l: list[Tensor] = []
         offset = 0
         for il in range(hp.n_layer):
-            for tensors, letter, type, n in ((self.k_l, "k", self.type_k, hp.n_embd_k_gqa),
-                                             (self.v_l, "v", self.type_v, hp.n_embd_v_gqa)):
+            for tensors, letter, type, n in (
+                (self.k_l, "k", self.type_k, hp.n_embd_k_gqa),
+                (self.v_l, "v", self.type_v, hp.n_embd_v_gqa),
+            ):
                 tensor = self._ctx.new_tensor(type, (n, self.n_cells), f"cache_{letter}_l{il}")
                 self._buffer.place(tensor, offset)
                 offset += tensor.nbytes

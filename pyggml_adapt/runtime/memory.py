@@ -69,12 +69,17 @@ def _mappings(text: str) -> list[tuple[int, Pages]]:
                 values[key] = int(rest[:-3]) * 1024
             continue
         if values:
-            mappings.append((start, Pages(
-                mapped=values.get("Size", 0),
-                resident=values.get("Rss", 0),
-                shared=values.get("Shared_Clean", 0) + values.get("Shared_Dirty", 0),
-                private=values.get("Private_Clean", 0) + values.get("Private_Dirty", 0),
-                pss=values.get("Pss", 0),
-            )))
+            mappings.append(
+                (
+                    start,
+                    Pages(
+                        mapped=values.get("Size", 0),
+                        resident=values.get("Rss", 0),
+                        shared=values.get("Shared_Clean", 0) + values.get("Shared_Dirty", 0),
+                        private=values.get("Private_Clean", 0) + values.get("Private_Dirty", 0),
+                        pss=values.get("Pss", 0),
+                    ),
+                )
+            )
         start, values = int(header[1], 16), {}
     return mappings

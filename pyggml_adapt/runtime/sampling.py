@@ -32,8 +32,14 @@ class SamplerParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (("temperature", 0.0, 1e4), ("top_k", 0, 1 << 31), ("top_p", 0.0, 1.0),
-                                  ("min_p", 0.0, 1.0), ("repeat_penalty", 1e-4, 1e4), ("repeat_last_n", -1, 1 << 31)):
+        for name, least, most in (
+            ("temperature", 0.0, 1e4),
+            ("top_k", 0, 1 << 31),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repeat_penalty", 1e-4, 1e4),
+            ("repeat_last_n", -1, 1 << 31),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise ParameterError(f"{name} = {value!r} is not a number from {least:g} to {most:g}")
@@ -57,7 +63,7 @@ def sample(logits: np.ndarray, params: SamplerParams, recent: Sequence[int], rng
 
 def penalize(logits: np.ndarray, params: SamplerParams, recent: Sequence[int]) -> np.ndarray:
     """Return logits with those of recent tokens made smaller by repeat_penalty."""
-    window = recent if params.repeat_last_n < 0 else recent[max(len(recent) - params.repeat_last_n, 0):]
+    window = recent if params.repeat_last_n < 0 else recent[max(len(recent) - params.repeat_last_n, 0) :]
     seen = np.unique(np.asarray(window, dtype=np.int64))
     logits = logits.copy()
     penalty = np.float32(params.repeat_penalty)

@@ -35,13 +35,23 @@ class Session:
     Close it, or use `with`, to give its cache's memory back.  One thread at a time.
     """
 
-    def __init__(self, engine: Engine, model: Model, weights: TaskWeights, cache: KVCache, *, n_ubatch: int,
-                 on_close: Callable[[Session], None]):
+    def __init__(
+        self,
+        engine: Engine,
+        model: Model,
+        weights: TaskWeights,
+        cache: KVCache,
+        *,
+        n_batch: int,
+        n_ubatch: int,
+        on_close: Callable[[Session], None],
+    ):
         self.task = weights.task
-        self.n_ctx, self.n_vocab, self.n_ubatch = cache.n_ctx, model.hp.n_vocab, n_ubatch
+        self.n_ctx, self.n_vocab = cache.n_ctx, model.hp.n_vocab
+        self.n_batch, self.n_ubatch = n_batch, n_ubatch
         self._engine, self._model, self._weights, self._cache = engine, model, weights, cache
         self._on_close = on_close
-        self._tokens: list[int] = []   # evaluated: their K and V are in the cache
+        self._tokens: list[int] = []  # evaluated: their K and V are in the cache
         self._pending: list[int] = []  # generated last, not evaluated yet
         self._closed = False
 
@@ -60,7 +70,7 @@ class Session:
         """Return the bytes of its KV cache."""
         return self._cache.nbytes
 
-    def eval(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+    def eval(self, ids: Sequence[int] | np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         """Append token ids and return the logits, F32 [n_vocab], of the last; [n_tokens, n_vocab] with all_logits.
 
         Evaluated in pieces of n_ubatch.  Releases the GIL.  If it fails, the session is as before.
@@ -77,22 +87,27 @@ class Session:
         rows = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
         done = 0
         try:
-            for piece, pos, out_ids in split(tokens, n_before, self.n_ubatch, all_logits=all_logits):
+            for piece, pos, out_ids in self._split(tokens, all_logits):
                 batch = UBatch(self._cache, piece, pos, np.zeros(len(piece), dtype=np.int64), out_ids)
-                self._engine.eval(self._model, self._weights, self._cache, batch, rows[done:done + len(out_ids)])
+                self._engine.eval(self._model, self._weights, self._cache, batch, rows[done : done + len(out_ids)])
                 done += len(out_ids)
         except BaseException:
             self._cache.seq_rm(0, n_before)
             raise
         self._tokens.extend(tokens.tolist())
         self._pending.clear()
-        return rows[len(tokens) - len(new):] if all_logits else rows[0]
+        return rows[len(tokens) - len(new) :] if all_logits else rows[0]
+
+    def _split(self, tokens: np.ndarray, all_logits: bool) -> Iterator[tuple[np.ndarray, ...]]:
+        return split(tokens, len(self._tokens), self.n_batch, self.n_ubatch, all_logits=all_logits)
 
     def check_fits(self, n_tokens: int) -> None:
         """Raise ContextFullError unless n_tokens more fit into the context."""
         if self.n_past + n_tokens > self.n_ctx:
-            raise ContextFullError(f"the context of {self.n_ctx} tokens holds {self.n_past}: "
-                                   f"{n_tokens} more do not fit; start the session with a larger n_ctx")
+            raise ContextFullError(
+                f"the context of {self.n_ctx} tokens holds {self.n_past}: "
+                f"{n_tokens} more do not fit; start the session with a larger n_ctx"
+            )
 
     def rewind(self, n_past: int) -> None:
         """Forget all tokens after the first n_past.
@@ -107,8 +122,9 @@ class Session:
         self._cache.seq_rm(0, kept)
         self._tokens, self._pending = tokens[:kept], tokens[kept:]
 
-    def generate_ids(self, ids: Sequence[int], *, max_tokens: int, params: SamplerParams,
-                     stop_ids: Collection[int] = ()) -> Generation:
+    def generate_ids(
+        self, ids: Sequence[int] | np.ndarray, *, max_tokens: int, params: SamplerParams, stop_ids: Collection[int] = ()
+    ) -> Generation:
         """Return an iterator over the token ids that follow `ids`; it ends with the first of stop_ids.
 
         Raises: as eval, at once.
@@ -151,8 +167,9 @@ class Generation:
     the end.  tokens: the ids so far, without the one that stopped it.
     """
 
-    def __init__(self, session: Session, prompt: np.ndarray, max_tokens: int, params: SamplerParams,
-                 stop_ids: Collection[int]):
+    def __init__(
+        self, session: Session, prompt: np.ndarray, max_tokens: int, params: SamplerParams, stop_ids: Collection[int]
+    ):
         self.session, self.params = session, params
         self.finish_reason: str | None = None
         self.tokens: list[int] = []

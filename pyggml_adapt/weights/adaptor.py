@@ -12,8 +12,9 @@ from pyggml_adapt.weights.mapping import MappedFile
 class Adaptor(MappedFile):
     """The whole tensors of one task, mapped."""
 
-    def __init__(self, task: str, path: StrPath, foundation: Foundation, *, use_mmap: bool = True,
-                 use_mlock: bool = False):
+    def __init__(
+        self, task: str, path: StrPath, foundation: Foundation, *, use_mmap: bool = True, use_mlock: bool = False
+    ):
         """Raises: FileAccessError, FileFormatError; AdaptorError (adaptor_invalid, adaptor_base_mismatch)."""
         with GGUFReader(path) as reader:
             self.identity = check_pair(foundation.reader, reader)

@@ -16,8 +16,10 @@ class Foundation(MappedFile):
         self.reader = GGUFReader(path)  # kept: each adaptor is compared with it
         found = kind(self.reader)
         if found not in ("foundation", "model"):
-            raise AdaptorError(f"{self.reader.path}: expected a foundation or a complete model, not an adapter ({found})",
-                               code="adaptor_invalid")
+            raise AdaptorError(
+                f"{self.reader.path}: not a foundation or a complete model, but a {found}",
+                code="adaptor_invalid",
+            )
         super().__init__(self.reader, use_mmap=use_mmap, use_mlock=use_mlock)
         self.is_complete = found == "model"  # a model by itself, so that it is the task `base` too
 

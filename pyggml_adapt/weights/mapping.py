@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pyggml_adapt.errors import StrPath
 from pyggml_adapt.ggml import Buffer, Context, Device, GGUFReader, Tensor
 
 _logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class MappedFile:
             tensor = self.tensors[name] = self._ctx.new_tensor(info.type, info.ne, name)
             self._buffer.place(tensor, info.offset - start)
             if not use_mmap:
-                tensor.set_data(memoryview(mapping)[info.offset:info.offset + info.nbytes])
+                tensor.set_data(memoryview(mapping)[info.offset : info.offset + info.nbytes])
         self.is_mapped = use_mmap
         self._mapping = mapping if use_mmap else None
         if use_mlock:
@@ -69,13 +68,17 @@ class MappedFile:
 
 def _small_metadata(reader: GGUFReader) -> dict[str, object]:
     """Return the metadata without large arrays."""
-    return {key: reader.value(key) for key in reader.metadata
-            if not (key.startswith(_LARGE) and reader.kv_type(key)[0] == "arr")}
+    return {
+        key: reader.value(key)
+        for key in reader.metadata
+        if not (key.startswith(_LARGE) and reader.kv_type(key)[0] == "arr")
+    }
 
 
 def _lock(view: np.ndarray, path: str) -> None:
     """Ask for the pages to stay in physical memory; like llama.cpp, only warn when the limit forbids it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlock(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.nbytes)):
-        _logger.warning("%s: mlock of %d bytes failed: %s (see ulimit -l)", path, view.nbytes,
-                        os.strerror(ctypes.get_errno()))
+        _logger.warning(
+            "%s: mlock of %d bytes failed: %s (see ulimit -l)", path, view.nbytes, os.strerror(ctypes.get_errno())
+        )

@@ -17,7 +17,7 @@ class Location(NamedTuple):
     """Where the bytes of one tensor of a task live."""
 
     source: str  # "foundation" or "adaptor"
-    type: str    # ggml's name of the type, as "Q8_0"
+    type: str  # ggml's name of the type, as "Q8_0"
     nbytes: int
     path: str
 
@@ -33,8 +33,9 @@ class TaskWeights:
         self.tensors: dict[str, Tensor] = dict(foundation.tensors)
         self.file: MappedFile = foundation  # whose metadata is the task's
         if adaptor is not None:
-            self.tensors = {name: adaptor.tensors.get(name) or foundation.tensors[name]
-                            for name in adaptor.identity.tensors}
+            self.tensors = {
+                name: adaptor.tensors.get(name) or foundation.tensors[name] for name in adaptor.identity.tensors
+            }
             self.file = adaptor
         layout = tuple((name, t.type, t.ne) for name, t in sorted(self.tensors.items()))
         self.layout = _layouts.setdefault(layout, len(_layouts))  # equal layouts share graphs
@@ -74,8 +75,6 @@ class WeightStore:
     def __init__(self, foundation: Foundation):
         self.foundation = foundation
         self._tasks: dict[str, TaskWeights] = {}
-        if foundation.is_complete:
-            self._tasks[BASE] = TaskWeights(BASE, foundation, None)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -88,8 +87,9 @@ class WeightStore:
         Raises: AdaptorError (adaptor_not_found) naming the tasks that there are.
         """
         if task not in self._tasks:
-            raise AdaptorError(f"unknown task {task!r}; loaded tasks: {', '.join(self._tasks) or 'none'}",
-                               code="adaptor_not_found")
+            raise AdaptorError(
+                f"unknown task {task!r}; loaded tasks: {', '.join(self._tasks) or 'none'}", code="adaptor_not_found"
+            )
         return self._tasks[task]
 
     def add(self, weights: TaskWeights) -> None:

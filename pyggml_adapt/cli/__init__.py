@@ -1,0 +1,1 @@
+"""The command `pyggml-adapt`: one file per sub-command."""

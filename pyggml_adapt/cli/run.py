@@ -1,0 +1,99 @@
+"""pyggml-adapt run: generate text with one task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from pyggml_adapt.cli.options import add_host_options, add_sampling_options, open_host, sampling
+from pyggml_adapt.errors import FileAccessError, ParameterError
+
+
+def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("run", parents=[common], help="generate text with one task")
+    add_host_options(parser)
+    parser.add_argument("--task", metavar="NAME", help="the task (default: the first that is loaded)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("-f", "--file", metavar="FILE", help="a file with the prompt, - for standard input")
+    parser.add_argument(
+        "-n", "--predict", type=int, default=128, metavar="N", help="most tokens to generate (%(default)s)"
+    )
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="size of the context in tokens (default: what the prompt and -n need)",
+    )
+    add_sampling_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the prompt's continuation as it is generated, or a JSON object at the end."""
+    prompt = read_prompt(args)
+    start = time.perf_counter()
+    with open_host(args) as host:
+        load_ms = (time.perf_counter() - start) * 1e3
+        swap = host.activate(args.task if args.task is not None else host.active)
+        ids = host.tokenize(prompt, parse_special=True)
+        n_ctx = args.ctx_size or max(len(ids) + max(args.predict, 0), 1)
+        with host.session(swap.task, n_ctx=n_ctx) as session:
+            generation = session.generate(ids, max_tokens=args.predict, **sampling(args))
+            text = ""
+            for piece in generation:
+                text += piece
+                if not args.json:
+                    print(piece, end="", flush=True)
+        if not args.json:
+            print()
+            return 0
+        timings = generation.timings
+        print(
+            json.dumps(
+                {
+                    "task": swap.task,
+                    "prompt_tokens": ids,
+                    "tokens": generation.tokens,
+                    "text": text,
+                    "finish_reason": generation.finish_reason,
+                    "timings": {
+                        "prompt_n": timings.prompt_n,
+                        "prompt_ms": timings.prompt_ms,
+                        "predicted_n": timings.predicted_n,
+                        "predicted_ms": timings.predicted_ms,
+                        "load_ms": load_ms,
+                        "swap_ms": swap.ms,
+                    },
+                }
+            )
+        )
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """Return the prompt from -p, from the file of -f, or from standard input if that is not a terminal.
+
+    Raises: ParameterError without any, or if it is not UTF-8; FileAccessError.
+    """
+    if args.prompt is not None:
+        return args.prompt
+    if args.file is None and sys.stdin.isatty():
+        raise ParameterError("there is no prompt: use -p TEXT or -f FILE")
+    name = args.file or "-"
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(name, "rb") as file:
+                data = file.read()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise FileAccessError(f"{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{name}: the prompt is not UTF-8 at byte {error.start}") from error
