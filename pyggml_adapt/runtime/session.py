@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Timings:
 class Session:
     """One sequence of tokens under one task's weights as loaded; its KV cache is never read under others.
 
-    Close it, or use `with`, to give its cache's memory back.  One thread at a time.
+    Close it, or use `with`, to give its cache's memory back.  Threads that share a session take turns.
     """
 
     def __init__(
@@ -51,19 +52,21 @@ class Session:
         self.n_batch, self.n_ubatch = n_batch, n_ubatch
         self._engine, self._model, self._weights, self._cache = engine, model, weights, cache
         self._on_close = on_close
-        self._tokens: list[int] = []  # evaluated: their K and V are in the cache
-        self._pending: list[int] = []  # generated last, not evaluated yet
+        self._tokens: list[int] = []
+        self._n_evaluated = 0  # of the tokens: their K and V are in the cache; a token generated last is not yet
+        self._dirty = False  # an evaluation did not finish: cells after the evaluated tokens may be in use
         self._closed = False
+        self._lock = threading.Lock()
 
     @property
     def tokens(self) -> list[int]:
         """Return a copy of the token ids so far, generated ones included."""
-        return self._tokens + self._pending
+        return self._tokens.copy()
 
     @property
     def n_past(self) -> int:
         """Return the number of tokens so far."""
-        return len(self._tokens) + len(self._pending)
+        return len(self._tokens)
 
     @property
     def kv_nbytes(self) -> int:
@@ -79,27 +82,33 @@ class Session:
         return self._advance(as_tokens(ids, self.n_vocab), all_logits)
 
     def _advance(self, new: np.ndarray, all_logits: bool = False) -> np.ndarray:
-        """Evaluate what is pending and the tokens `new`, and return the logits of the last or of all of `new`."""
-        self._check_open()
-        self.check_fits(len(new))
-        tokens = np.concatenate([np.asarray(self._pending, dtype=np.int32), new])
-        n_before = len(self._tokens)
-        rows = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
-        done = 0
-        try:
-            for piece, pos, out_ids in self._split(tokens, all_logits):
-                batch = UBatch(self._cache, piece, pos, np.zeros(len(piece), dtype=np.int64), out_ids)
-                self._engine.eval(self._model, self._weights, self._cache, batch, rows[done : done + len(out_ids)])
-                done += len(out_ids)
-        except BaseException:
-            self._cache.seq_rm(0, n_before)
-            raise
-        self._tokens.extend(tokens.tolist())
-        self._pending.clear()
-        return rows[len(tokens) - len(new) :] if all_logits else rows[0]
+        """Evaluate what is not yet, then the tokens `new`, and return the logits of the last or of all of `new`."""
+        with self._lock:
+            self._check_open()
+            self.check_fits(len(new))
+            self._clean()
+            waiting = np.array(self._tokens[self._n_evaluated :], dtype=np.int32)
+            logits = self._evaluate(np.concatenate([waiting, new]), all_logits)
+            self._tokens.extend(new.tolist())
+            self._n_evaluated = len(self._tokens)
+            self._dirty = False
+        return logits[len(waiting) :] if all_logits else logits[0]
 
-    def _split(self, tokens: np.ndarray, all_logits: bool) -> Iterator[tuple[np.ndarray, ...]]:
-        return split(tokens, len(self._tokens), self.n_batch, self.n_ubatch, all_logits=all_logits)
+    def _evaluate(self, tokens: np.ndarray, all_logits: bool) -> np.ndarray:
+        logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
+        done = 0
+        self._dirty = True
+        for piece, pos, out_ids in split(tokens, self._n_evaluated, self.n_batch, self.n_ubatch, all_logits=all_logits):
+            batch = UBatch(self._cache, piece, pos, np.zeros(len(piece), dtype=np.int64), out_ids)
+            self._engine.eval(self._model, self._weights, self._cache, batch, logits[done : done + len(out_ids)])
+            done += len(out_ids)
+        return logits
+
+    def _clean(self) -> None:
+        """Give back the cells of an evaluation that failed or was interrupted."""
+        if self._dirty:
+            self._cache.seq_rm(0, self._n_evaluated)
+            self._dirty = False
 
     def check_fits(self, n_tokens: int) -> None:
         """Raise ContextFullError unless n_tokens more fit into the context."""
@@ -117,10 +126,10 @@ class Session:
         self._check_open()
         if not 0 <= n_past <= self.n_past:
             raise ParameterError(f"rewind: n_past = {n_past} is not from 0 to {self.n_past}")
-        tokens = self.tokens[:n_past]
-        kept = min(n_past, len(self._tokens))
-        self._cache.seq_rm(0, kept)
-        self._tokens, self._pending = tokens[:kept], tokens[kept:]
+        with self._lock:
+            self._n_evaluated = min(self._n_evaluated, n_past)
+            self._cache.seq_rm(0, self._n_evaluated)
+            del self._tokens[n_past:]
 
     def generate_ids(
         self, ids: Sequence[int] | np.ndarray, *, max_tokens: int, params: SamplerParams, stop_ids: Collection[int] = ()
@@ -196,7 +205,7 @@ class Generation:
             if self.tokens:
                 logits = session._advance(_NOTHING)
             token = sample(logits, self.params, session.tokens if looks_back else (), rng)
-            session._pending.append(token)
+            session._tokens.append(token)
             timings.predicted_n += 1
             timings.predicted_ms += (time.perf_counter() - start) * 1e3
             if token in stop_ids:

@@ -20,6 +20,12 @@ class Foundation(MappedFile):
                 f"{self.reader.path}: not a foundation or a complete model, but a {found}",
                 code="adaptor_invalid",
             )
+        if found == "model" and self.reader.metadata.get("split.count", 1) != 1:
+            raise AdaptorError(
+                f"{self.reader.path}: one shard of a model; a host needs one file: `pyggml-adapt split` reads shard "
+                f"sets, and llama.cpp's gguf-split --merge joins them",
+                code="adaptor_invalid",
+            )
         super().__init__(self.reader, use_mmap=use_mmap, use_mlock=use_mlock)
         self.is_complete = found == "model"  # a model by itself, so that it is the task `base` too
 
