@@ -1,0 +1,100 @@
+"""The parts of gguf.pyx that need no C: a tensor's entry, the metadata mapping, and conversions of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from pyggml_adapt.errors import ParameterError
+from pyggml_adapt.ggml.enums import Type
+
+DTYPES = {
+    "u8": np.dtype("u1"),
+    "i8": np.dtype("i1"),
+    "u16": np.dtype("u2"),
+    "i16": np.dtype("i2"),
+    "u32": np.dtype("u4"),
+    "i32": np.dtype("i4"),
+    "u64": np.dtype("u8"),
+    "i64": np.dtype("i8"),
+    "f32": np.dtype("f4"),
+    "f64": np.dtype("f8"),
+    "bool": np.dtype("?"),
+}
+
+
+class TensorInfo(NamedTuple):
+    """A tensor's entry in a GGUF header.  offset: its first byte, counted from the start of the file."""
+
+    name: str
+    type: Type
+    ne: tuple[int, int, int, int]
+    offset: int
+    nbytes: int
+
+    @property
+    def n_dims(self):
+        """Return the number of dimensions, trailing ones left out; at least 1."""
+        return max((i + 1 for i in range(4) if self.ne[i] > 1), default=1)
+
+
+class Metadata(Mapping):
+    """A GGUFReader's key-value pairs; values are converted when asked for, then kept by the reader."""
+
+    def __init__(self, reader, keys):
+        self._reader = reader
+        self._keys = keys
+
+    def __getitem__(self, key):
+        return self._reader.value(key)
+
+    def __iter__(self):
+        return iter(self._keys)
+
+    def __len__(self):
+        return len(self._keys)
+
+    def __contains__(self, key):
+        return key in self._keys
+
+    def __repr__(self):
+        return f"<metadata of {self._reader.path}: {len(self)} keys>"
+
+
+def text(value, what, may_be_empty=False):
+    """Return a str as bytes that gguf.h can take: it ends strings at NUL."""
+    if not isinstance(value, str):
+        raise ParameterError(f"{what}: a str is needed, not {value!r}")
+    data = value.encode("utf-8", "surrogateescape")
+    if b"\0" in data or not (data or may_be_empty):
+        raise ParameterError(f"{what}: {value!r} is empty or holds a NUL character, which gguf.h cannot write")
+    return data
+
+
+def numbers(key, value, type):
+    """Return the bytes of a number, or of a one-dimensional sequence of them, in the given type."""
+    kind = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[DTYPES[type].kind]
+    try:
+        array = np.asarray(value)
+        if array.ndim > 1 or (array.size and array.dtype.kind not in kind):
+            raise ValueError
+        if array.size and kind == "iu":
+            limits = np.iinfo(DTYPES[type])
+            if int(array.min()) < limits.min or int(array.max()) > limits.max:
+                raise ValueError
+        return array.astype(DTYPES[type]).tobytes()
+    except (ValueError, TypeError, OverflowError):
+        raise ParameterError(f"{key!r}: the value {value!r:.60} does not fit the type {type}") from None
+
+
+def buffers(data):
+    """Yield memoryviews of bytes from a buffer or an iterable of buffers."""
+    try:
+        blocks = (memoryview(data),)
+    except TypeError:
+        blocks = data
+    for block in blocks:
+        view = memoryview(block)
+        yield (view if view.contiguous else memoryview(bytes(view))).cast("B")
