@@ -1,0 +1,45 @@
+"""pyggml-adapt inspect: say what GGUF files are."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """Add the sub-command `inspect`."""
+    parser = subparsers.add_parser(
+        "inspect",
+        parents=[common],
+        help="say what GGUF files are",
+        description="Tell foundations, adaptors and models apart, from their headers.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table of the files."""
+    import json
+
+    from pyggml_adapt.tools import inspect
+
+    found = inspect(*args.files)
+    if args.json:
+        print(json.dumps({"files": [info.to_json() for info in found]}))
+        return 0
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("file", overflow="fold"), "kind", "task", "architecture", "tensors", "bytes", "types", "foundation id"
+    )
+    for info in found:
+        kind = f"{info.kind} ({info.layout})" if info.layout else info.kind
+        types = " ".join(f"{name}:{n}" for name, n in info.types.items())
+        texts = (info.path, kind, info.task, info.architecture, str(info.n_tensors), decimal(info.nbytes), types)
+        table.add_row(*map(escape, texts), info.foundation_id[:12])
+    Console().print(table)
+    return 0

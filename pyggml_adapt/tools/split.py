@@ -1,0 +1,196 @@
+"""split: write the tensors that models share once, and for each model an adaptor with its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from pyggml_adapt.errors import FileAccessError, ParameterError, SourceMismatchError, StrPath
+from pyggml_adapt.ggml.atomic import AtomicFile, commit_all, refuse_overwrite
+from pyggml_adapt.ggml.gguf import HEADER_NBYTES_MAX, GGUFReader, GGUFWriter
+from pyggml_adapt.tools.layout import adaptor_writer, foundation_writer
+from pyggml_adapt.tools.plan import FileReport, Plan, SplitReport, make_plan
+from pyggml_adapt.tools.source import Progress, Scan, Source, check_same_kind, ticker
+from pyggml_adapt.weights.identity import COMPLEMENT, OVERLAY, fingerprint, foundation_id
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+def split(
+    models: Mapping[str, StrPath],
+    out_dir: StrPath,
+    *,
+    prefix: str = "model",
+    foundation: StrPath | None = None,
+    task_tensors: Sequence[str] = (),
+    shared_tensors: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> SplitReport:
+    """Write <prefix>-foundation.gguf and <prefix>-adaptor-<task>.gguf into out_dir, and return what was done.
+
+    models: task -> whole model, the first shard for a set.  prefix: what the files' names begin with.
+    foundation: a whole model to use as it is (overlay layout); then only adaptors are written.
+    task_tensors: regular expressions; tensors that one is found in go to the adaptors even where they are equal.
+    shared_tensors: a regular expression; only tensors that it is found in are shared, and they must be equal.
+    dry_run: write nothing.  force: replace files that exist.  Memory stays flat; all files appear, or none.
+    Raises: SourceMismatchError if the models do not belong together; ParameterError, OverwriteError, FileAccessError,
+    FileFormatError.
+    """
+    _check_names(models, prefix, foundation)
+    start = os.path.join(os.fsdecode(out_dir), prefix)
+    paths = {task: f"{start}-adaptor-{task}.gguf" for task in models}
+    base_path = f"{start}-foundation.gguf" if foundation is None else os.fsdecode(foundation)
+    outputs = [*([base_path] if foundation is None else []), *paths.values()]
+    with ExitStack() as stack:
+        sources = {task: stack.enter_context(Source(path)) for task, path in models.items()}
+        base = stack.enter_context(Source(foundation)) if foundation is not None else None
+        if base is not None and base.is_sharded:
+            raise ParameterError(f"{base.path}: a foundation must be one file; merge its shards first")
+        readers = [reader for source in (*sources.values(), *([base] if base else [])) for reader in source.readers]
+        check_outputs(outputs, readers, force or dry_run)
+        job = _Job(sources, base, paths, base_path, prefix)
+        job.plan(task_tensors, shared_tensors, progress)
+        if not dry_run:
+            job.write(force, progress)
+        return job.report(dry_run)
+
+
+class _Job:
+    """The state of one split: sources, what was found in them, and the headers of the files to be written."""
+
+    def __init__(
+        self, sources: dict[str, Source], base: Source | None, paths: dict[str, str], base_path: str, prefix: str
+    ):
+        self.sources, self.base, self.paths, self.base_path, self.prefix = sources, base, paths, base_path, prefix
+        self.scans: dict[str, Scan] = {}
+        self.base_scan: Scan | None = None
+        self.decided: Plan
+        self.writers: dict[str, GGUFWriter] = {}  # path -> header
+        self.nbytes: dict[str, int] = {}  # path -> bytes of the whole file
+
+    def plan(self, task_tensors: Sequence[str], shared_tensors: str | None, progress: Progress | None) -> None:
+        """Read all models, decide for each tensor, and make the headers."""
+        models = self.sources if self.base is None else {"the foundation": self.base, **self.sources}
+        check_same_kind(models)
+        self._scan(progress)
+        entries = {task: scan.entries for task, scan in self.scans.items()}
+        base_entries = self.base_scan.entries if self.base_scan else None
+        self.decided = make_plan(entries, base_entries, task_tensors, shared_tensors)
+        layout, mark = COMPLEMENT, ""
+        first = next(iter(self.sources.values()))
+        if self.base is not None and base_entries is not None:
+            layout, mark = OVERLAY, fingerprint(self.base.first)
+            ident = foundation_id(base_entries.values())
+        else:
+            shared = self.decided.shared
+            ident = foundation_id(shared)
+            alignment = max(source.first.alignment for source in self.sources.values())
+            name = f"{self.prefix} foundation"
+            self.writers[self.base_path] = foundation_writer(first, shared, ident, alignment, name)
+        for task, source in self.sources.items():
+            self.writers[self.paths[task]] = adaptor_writer(
+                source, self.scans[task], self.decided.own[task],
+                task=task, layout=layout, ident=ident, fingerprint=mark,
+            )  # fmt: skip
+        for path, writer in self.writers.items():
+            data = sum(n + -n % writer.alignment for n in writer.tensors.values())
+            header = len(writer.header())
+            if header > HEADER_NBYTES_MAX:  # our own reader would refuse the file
+                raise SourceMismatchError(
+                    f"{path}: its header would take {header} bytes, more than {HEADER_NBYTES_MAX}"
+                )
+            self.nbytes[path] = header + data
+
+    def _scan(self, progress: Progress | None) -> None:
+        everything = [*self.sources.values(), *([self.base] if self.base else [])]
+        tick = ticker(sum(source.nbytes for source in everything), "reading", progress)
+        if self.base is not None:
+            self.base_scan = self.base.scan(tick)
+        for task, source in self.sources.items():
+            self.scans[task] = source.scan(tick)
+
+    def write(self, force: bool, progress: Progress | None) -> None:
+        """Write all files, then give all of them their names."""
+        if self.base is None and not self.decided.shared:
+            raise SourceMismatchError("the models share no tensor, so there is nothing to put into a foundation")
+        tick = ticker(sum(self.nbytes.values()), "writing", progress)
+        directory = os.path.dirname(next(iter(self.writers))) or "."
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError as exc:
+            raise FileAccessError.of(directory, exc) from exc
+        first = next(iter(self.sources.values()))
+        owner = {self.base_path: first} | {self.paths[task]: source for task, source in self.sources.items()}
+        with ExitStack() as stack:
+            files = []
+            for path, writer in self.writers.items():
+                file = stack.enter_context(AtomicFile(path, overwrite=force))
+                _write_tensors(file, writer, owner[path], tick)
+                files.append(file)
+            for source in self.sources.values():
+                source.check_unchanged()
+            commit_all(files)
+
+    def report(self, dry_run: bool) -> SplitReport:
+        """Return what was, or would be, written."""
+        adaptors = tuple(
+            FileReport(path, len(self.writers[path].tensors), self.nbytes[path], task)
+            for task, path in self.paths.items()
+        )
+        if self.base is not None:
+            foundation = FileReport(self.base_path, len(self.base.tensors), self.base.nbytes)
+        else:
+            writer = self.writers[self.base_path]
+            foundation = FileReport(self.base_path, len(writer.tensors), self.nbytes[self.base_path])
+        return SplitReport(
+            foundation_file=foundation,
+            adaptor_files=adaptors,
+            tensors=self.decided.tensors,
+            hints=self.decided.hints,
+            source_nbytes=sum(source.nbytes for source in self.sources.values()),
+            written_nbytes=sum(self.nbytes.values()),
+            layout=COMPLEMENT if self.base is None else OVERLAY,
+            dry_run=dry_run,
+        )
+
+
+def _write_tensors(file: AtomicFile, writer: GGUFWriter, source: Source, tick: Callable[[int], None]) -> None:
+    header = writer.header()
+    file.write(header)
+    tick(len(header))
+    for name, nbytes in writer.tensors.items():
+        reader, info = source.tensors[name]
+        file.copy(reader.fileno(), info.offset, nbytes, reader.path)
+        file.write(bytes(-nbytes % writer.alignment))
+        tick(nbytes + -nbytes % writer.alignment)
+
+
+def _check_names(models: Mapping[str, StrPath], prefix: str, foundation: StrPath | None) -> None:
+    if not models:
+        raise ParameterError("no model was given to split")
+    if len(models) < 2 and foundation is None:
+        raise ParameterError("split needs two models at least, or a foundation to compare one with")
+    for what, name in (("prefix", prefix), *(("task", task) for task in models)):
+        if not _NAME.fullmatch(name):
+            raise ParameterError(
+                f"{what} {name!r}: it becomes part of a file name, so use letters, digits and _ . + - only"
+            )
+
+
+def check_outputs(outputs: Sequence[str], readers: Sequence[GGUFReader], force: bool) -> None:
+    """Raise if an output is one of the inputs, or exists and not `force`."""
+    inputs = {(info.st_dev, info.st_ino): r.path for r in readers for info in [os.fstat(r.fileno())]}
+    for path in outputs:
+        try:
+            info = os.stat(path)
+        except OSError:
+            pass  # it does not exist, or writing it will say why it cannot be reached
+        else:
+            if (info.st_dev, info.st_ino) in inputs:
+                raise ParameterError(f"{path}: the output would replace the input {inputs[info.st_dev, info.st_ino]}")
+        if not force:
+            refuse_overwrite(path)

@@ -1,0 +1,35 @@
+"""inspect: what each kind of file is said to be."""
+
+import pytest
+from raw_gguf import STRING, f32_model, key, string
+
+from pyggml_adapt.errors import FileAccessError
+from pyggml_adapt.tools import inspect, split
+
+
+def test_every_kind_of_file(tmp_path):
+    models = {}
+    for seed, task in enumerate(("one", "two")):
+        models[task] = tmp_path / f"{task}.gguf"
+        models[task].write_bytes(f32_model({"a": ((1,), bytes(4)), "b": ((1,), bytes([seed] * 4))}))
+    report = split(models, tmp_path / "out")
+    overlay = split({"two": models["two"]}, tmp_path / "over", foundation=models["one"])
+    lora = tmp_path / "lora.gguf"
+    kinds = {"general.type": "adapter", "adapter.type": "lora"}
+    lora.write_bytes(f32_model({}, [key(name, STRING, string(value)) for name, value in kinds.items()]))
+    found = inspect(models["one"], report.foundation, report.adaptors["two"], overlay.adaptors["two"], lora)
+    assert [(info.kind, info.layout, info.task, info.n_tensors) for info in found] == [
+        ("model", "", "", 2),
+        ("foundation", "", "", 1),
+        ("adaptor", "complement", "two", 1),
+        ("adaptor", "overlay", "two", 1),
+        ("lora", "", "", 0),
+    ]
+    assert found[1].foundation_id == found[2].foundation_id != ""
+    assert found[0].to_json()["types"] == {"F32": 2}
+    assert found[0].architecture == "llama"
+
+
+def test_the_first_file_at_fault_is_named(tmp_path):
+    with pytest.raises(FileAccessError, match=f"^{tmp_path}/no: no such file"):
+        inspect(tmp_path / "no")
