@@ -80,8 +80,9 @@ def measure(host: Host, task: str, n_prompt: int, n_gen: int) -> dict[str, float
 
 def show(result: dict) -> None:
     """Print the result as tables."""
-    from rich.console import Console
     from rich.table import Table
+
+    from pyggml_adapt.cli.console import tables
 
     table = Table(title=f"{result['n_prompt']} prompt tokens, {result['n_gen']} generated, medians")
     for column in ("task", "prompt tok/s", "generated tok/s", "swap us", "resident MiB"):
@@ -95,7 +96,7 @@ def show(result: dict) -> None:
             f"{row['swap_us']:.1f}",
             "-" if resident is None else f"{resident / MIB:.1f}",
         )
-    console = Console()
+    console = tables()
     console.print(table)
     console.print(
         f"foundation {result['foundation_resident'] / MIB:.1f} MiB resident; process "

@@ -28,10 +28,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"files": [info.to_json() for info in found]}))
         return 0
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Column, Table
+
+    from pyggml_adapt.cli.console import tables
 
     table = Table(
         Column("file", overflow="fold"), "kind", "task", "architecture", "tensors", "bytes", "types", "foundation id"
@@ -41,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
         types = " ".join(f"{name}:{n}" for name, n in info.types.items())
         texts = (info.path, kind, info.task, info.architecture, str(info.n_tensors), decimal(info.nbytes), types)
         table.add_row(*map(escape, texts), info.foundation_id[:12])
-    Console().print(table)
+    tables().print(table)
     return 0

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from pyggml_adapt.cli.progress import progress_bar
+    from pyggml_adapt.cli.console import progress_bar
     from pyggml_adapt.tools import merge
 
     with progress_bar() as progress:

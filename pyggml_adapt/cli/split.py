@@ -37,10 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """Split, and print what became of which tensor."""
     import json
 
-    from pyggml_adapt.cli.progress import progress_bar
+    from pyggml_adapt.cli.console import progress_bar
+    from pyggml_adapt.cli.options import named_paths
     from pyggml_adapt.tools import split
 
-    models = parse_models(args.models)
+    models = named_paths(args.models, "split")
     with progress_bar() as progress:
         report = split(
             models, args.out_dir, prefix=args.prefix, foundation=args.foundation, task_tensors=args.task_tensors,
@@ -53,26 +54,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_models(values: list[str]) -> dict[str, str]:
-    """Return {name: path} from NAME=PATH arguments.  Raises: ParameterError."""
-    from pyggml_adapt.errors import ParameterError
-
-    models: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not (name and equals and path):
-            raise ParameterError(f"{value!r}: NAME=PATH is needed, such as code=code.gguf")
-        if name in models:
-            raise ParameterError(f"the task {name!r} is given twice")
-        models[name] = path
-    return models
-
-
 def _show(report: SplitReport) -> None:
-    from rich.console import Console
     from rich.filesize import decimal
 
-    console = Console()
+    from pyggml_adapt.cli.console import tables
+
+    console = tables()
     console.print(_tensor_table(report))
     console.print(_file_table(report))
     kept = report.foundation_file.nbytes + sum(file.nbytes for file in report.adaptor_files)

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from pyggml_adapt.cli.progress import progress_bar
+    from pyggml_adapt.cli.console import progress_bar
     from pyggml_adapt.tools import verify
 
     with progress_bar() as progress:

@@ -1,10 +1,23 @@
-"""A progress bar on stderr for commands that read or write whole models."""
+"""What the commands print with: tables on stdout, a progress bar on stderr."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_WIDTH = 120  # characters; a terminal has its own
+
+
+def tables() -> Console:
+    """Return a console for tables on stdout, wide enough for tensor names where it is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 @contextmanager
