@@ -4,10 +4,12 @@ from pyggml_adapt.ggml.context cimport Owner, Tensor
 
 cdef class Device:
     cdef c.ggml_backend_dev_t _ptr
+    cdef c.ggml_backend_dev_t ptr(self) except NULL
 
 
 cdef class BufferType:
     cdef c.ggml_backend_buffer_type_t _ptr
+    cdef c.ggml_backend_buffer_type_t ptr(self) except NULL
 
 
 cdef class Buffer(Owner):

@@ -14,8 +14,11 @@ cdef class Owner:
     cdef bint owns_readonly(self, c.ggml_backend_buffer * buffer) noexcept
 
 
-cdef enum:
-    MAX_ELEMENTS = 1 << 42  # of one tensor: ggml adds up sizes in bytes without looking for overflow
+cdef extern from *:
+    """
+    #define PYGGML_ADAPT_MAX_ELEMENTS 4398046511104.0
+    """
+    const double MAX_ELEMENTS "PYGGML_ADAPT_MAX_ELEMENTS"  # of a tensor: ggml adds up sizes without overflow checks
 
 
 cdef list reach(list owners)

@@ -311,7 +311,10 @@ cdef class Tensor:
         return bool(c.ggml_is_transposed(self.ptr()))
 
     def set_input(self):
-        """Return self, marked as a graph input: its memory is not reused inside the graph.  Wraps: ggml_set_input."""
+        """Return self, marked as a graph input: allocated before every node, but overwritten once it has been read.
+
+        Fill it again before each computation, or mark it as an output too.  Wraps: ggml_set_input.
+        """
         c.ggml_set_input(self.ptr())
         return self
 
@@ -375,7 +378,9 @@ cdef class Tensor:
         cdef c.ggml_tensor * t = self.with_data()
         if not c.ggml_is_contiguous(t):
             raise ShapeError(f"to_numpy: tensor {self.name!r} is not contiguous; use ops.cont first")
-        cdef int n_dims = c.ggml_n_dims(t)
+        cdef int n_dims = c.GGML_MAX_DIMS
+        while n_dims > 1 and t.ne[n_dims - 1] == 1:  # ggml_n_dims takes an empty dimension for absent
+            n_dims -= 1
         shape = [t.ne[i] for i in range(n_dims)][::-1]
         code = _NUMPY_TYPES.get(self.type)
         if code is None:

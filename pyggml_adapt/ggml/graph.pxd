@@ -7,19 +7,29 @@ cdef class CGraph:
     cdef c.ggml_cgraph * _ptr
     cdef readonly Context ctx
     cdef readonly int size
-    cdef object _supported_by
+    cdef object _supported_by, _sched
     cdef c.ggml_cgraph * ptr(self) except NULL
-    cdef int _check_supported(self, Backend backend) except -1
+    cdef Tensor _wrap(self, c.ggml_tensor * t)
+    cdef int _check_node(self, Backend backend, c.ggml_tensor * t, list owners) except -1
+    cdef int _check_supported(self, Backend backend, list owners) except -1
 
 
 cdef class GAllocr(Owner):
     cdef c.ggml_gallocr_t _ptr
-    cdef object _graph
+    cdef bint _served
 
 
 cdef class Sched(Owner):
     cdef c.ggml_backend_sched_t _ptr
     cdef readonly list backends
+    cdef readonly int graph_size
+    cdef bint _served
+    cdef int _n_nodes
+    cdef int _check_supported(self, CGraph graph) except -1
+
+
+cdef class _Binding(Owner):
+    pass
 
 
 cdef class TensorTable:
@@ -28,13 +38,15 @@ cdef class TensorTable:
     cdef Py_ssize_t n
     cdef void ** _data
     cdef c.ggml_backend_buffer ** _buffers
-    cdef list _owners
+    cdef set _owners
 
 
 cdef class Slots:
     cdef readonly CGraph graph
     cdef readonly TensorTable table
     cdef list _tensors
+    cdef _Binding _binding
     cdef Py_ssize_t n, n_views
+    cdef int _n_nodes
     cdef c.ggml_tensor ** _slots
     cdef c.ggml_tensor ** _views

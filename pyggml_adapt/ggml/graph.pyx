@@ -4,39 +4,26 @@ from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, release
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, count, reach, release
 from pyggml_adapt.ggml.status cimport check
 
-from pyggml_adapt.errors import AllocError, BackendError, ClosedError, ShapeError
+from pyggml_adapt.errors import AllocError, BackendError, BusyError, ClosedError, DTypeError, ShapeError
 from pyggml_adapt.ggml.status import last_log
 
 
-cdef int count(c.ggml_tensor * tensor) except -1:
-    """Return how many tensors `tensor` is computed from, itself included."""
-    cdef c.ggml_tensor * t
-    cdef int i
-    cdef list todo = [<size_t> tensor]
-    cdef set seen = set(todo)
-    while todo:
-        t = <c.ggml_tensor *> <size_t> todo.pop()
-        for i in range(c.GGML_MAX_SRC):
-            if t.src[i] != NULL and <size_t> t.src[i] not in seen:
-                seen.add(<size_t> t.src[i])
-                todo.append(<size_t> t.src[i])
-    return len(seen)
+include "graph_checks.pxi"
 
 
 cdef class CGraph:
     """Borrow a graph that lives in a Context: the nodes to compute, in order.
 
-    size: the most nodes and leaves that it can take.
+    size: the most nodes, and the most leaves, that it can take, up to 32768.
     Raises: AllocError if the Context has no room, see Context.size_for.
     Wraps: ggml_new_graph_custom.
     """
 
     def __cinit__(self, Context ctx not None, int size=2048):
-        if size < 1:
-            raise ShapeError(f"CGraph: a graph of {size} nodes")
+        check_size(size)
         if c.ggml_used_mem(ctx.ptr()) + c.ggml_graph_overhead_custom(size, False) > ctx.mem_size:
             raise AllocError(f"Context of {ctx.mem_size} bytes has no room for a graph of {size} nodes")
         self.ctx = ctx
@@ -50,16 +37,20 @@ cdef class CGraph:
     def expand(self, Tensor tensor not None):
         """Add `tensor` and everything that it is computed from, unless they are in the graph already.
 
-        Raises: AllocError if the graph may be too small: ggml would abort.
+        Raises: AllocError if the graph is too small.
         Wraps: ggml_build_forward_expand.
         """
         cdef c.ggml_tensor * t = tensor.ptr()
         if tensor.ctx is not self.ctx:
             raise ShapeError(f"expand: tensor {tensor.name!r} belongs to another Context than the graph")
         self.ptr()
-        if self.ctx.uses_foreign or c.ggml_used_mem(self.ctx._ptr) // c.ggml_tensor_overhead() > <size_t> self.size:
-            if c.ggml_graph_n_nodes(self._ptr) + count(t) > self.size:
-                raise AllocError(f"a graph of {self.size} nodes may be too small for {tensor.name!r} and its operands")
+        check_idle(self.ctx)
+        reach([self.ctx])
+        if self.ctx.n_tensors + self.ctx.n_foreign > <size_t> self.size:
+            seen = {<size_t> t}
+            n_leaves = count(nodes_of(self) + [<size_t> t], seen)
+            if max(n_leaves, len(seen) - n_leaves) > self.size:
+                raise AllocError(f"a graph of {self.size} nodes is too small for {tensor.name!r} and its operands")
         self._supported_by = None
         c.ggml_build_forward_expand(self._ptr, t)
         return tensor
@@ -77,46 +68,65 @@ cdef class CGraph:
         cdef int n = c.ggml_graph_n_nodes(self.ptr())
         if not -n <= i < n:
             raise IndexError(f"node {i} of a graph of {n} nodes")
-        return self.ctx.wrap(c.ggml_graph_node(self._ptr, i))
+        return self._wrap(c.ggml_graph_node(self._ptr, i))
 
     def tensor(self, str name not None):
         """Return the node or leaf with this name, or None.  Wraps: ggml_graph_get_tensor."""
+        reach([self.ctx])
         cdef c.ggml_tensor * t = c.ggml_graph_get_tensor(self.ptr(), name.encode())
-        return None if t == NULL else self.ctx.wrap(t)
+        return None if t == NULL else self._wrap(t)
 
-    cdef int _check_supported(self, Backend backend) except -1:
+    cdef Tensor _wrap(self, c.ggml_tensor * t):
+        return self.ctx.home(t).wrap(t)
+
+    cdef int _check_node(self, Backend backend, c.ggml_tensor * t, list owners) except -1:
+        """Raise unless the node and its operands have data, writable where it must be, and the backend has the op."""
+        cdef c.ggml_tensor * src
+        cdef int k
+        if not c.ggml_backend_supports_op(backend.ptr(), t):
+            raise BackendError(f"{backend.name} cannot compute {self._wrap(t)!r} "
+                               f"from {[self._wrap(t.src[k]) for k in range(c.GGML_MAX_SRC) if t.src[k]]}")
+        for k in range(c.GGML_MAX_SRC + 1):
+            src = t.src[k] if k < c.GGML_MAX_SRC else t
+            if src != NULL and src.data == NULL and c.ggml_nbytes(src):
+                raise ClosedError(f"tensor {self._wrap(src).name!r} is not allocated: use GAllocr or Sched first")
+        if t.op == c.GGML_OP_SET_ROWS:
+            for owner in owners:
+                if (<Owner> owner).owns_readonly(t.view_src.buffer):
+                    raise DTypeError(f"set_rows: tensor {self._wrap(t.view_src).name!r} is in a read-only mapping")
+        return 0
+
+    cdef int _check_supported(self, Backend backend, list owners) except -1:
         """Raise unless the backend can compute every node; remembered until the graph grows."""
-        cdef c.ggml_tensor * t
         cdef int i
         if self._supported_by is backend:
             return 0
         for i in range(c.ggml_graph_n_nodes(self._ptr)):
-            t = c.ggml_graph_node(self._ptr, i)
-            if not c.ggml_backend_supports_op(backend.ptr(), t):
-                raise BackendError(f"{backend.name} cannot compute {self.ctx.wrap(t)!r} "
-                                   f"from {[self.ctx.wrap(t.src[k]) for k in range(c.GGML_MAX_SRC) if t.src[k]]}")
-            if t.data == NULL:
-                raise ClosedError(f"tensor {self.ctx.wrap(t).name!r} is not allocated: use GAllocr or Sched first")
+            self._check_node(backend, c.ggml_graph_node(self._ptr, i), owners)
         self._supported_by = backend
         return 0
 
     def compute(self, Backend backend not None, *tables):
         """Compute every node.  Releases the GIL.
 
-        tables: the TensorTables that slots of this graph are bound to, kept open meanwhile.
+        tables: further TensorTables to keep open meanwhile; those that slots of this graph are bound to need not be
+        given.
         Raises: ClosedError if an owner of a tensor was closed, BackendError if the backend cannot compute a node,
-        ComputeAborted if the backend's abort flag was set.
+        BusyError if another thread computes with the backend or the graph, ComputeAborted if the backend's abort flag
+        was set.
         Wraps: ggml_backend_graph_compute.
         """
         cdef c.ggml_cgraph * graph = self.ptr()
         cdef c.ggml_backend_t b = backend.ptr()
         cdef c.ggml_status status
         cdef list owners = [self.ctx, backend]
-        self._check_supported(backend)
+        check_idle(self.ctx)
+        check_idle(backend)
         for table in tables:
             owners += (<TensorTable?> table)._owners
         owners = acquire(owners)
         try:
+            self._check_supported(backend, owners)
             with nogil:
                 status = c.ggml_backend_graph_compute(b, graph)
         finally:
@@ -136,7 +146,7 @@ cdef class GAllocr(Owner):
     """
 
     def __cinit__(self, BufferType buffer_type not None):
-        self._ptr = c.ggml_gallocr_new(buffer_type._ptr)
+        self._ptr = c.ggml_gallocr_new(buffer_type.ptr())
         if self._ptr == NULL:
             raise AllocError("ggml_gallocr_new failed")
 
@@ -154,15 +164,20 @@ cdef class GAllocr(Owner):
     def alloc_graph(self, CGraph graph not None):
         """Allocate every node and input of `graph` that has no data.
 
-        Raises: AllocError when there is not enough memory, BackendError for a second graph.
+        Raises: AllocError when there is not enough memory, BackendError for a second graph, ClosedError if an operand
+        from another Context has no data.
         Wraps: ggml_gallocr_alloc_graph.
         """
         cdef c.ggml_cgraph * g = graph.ptr()
         cdef bint ok
         self.check()
-        if self._graph is not None:
-            raise BackendError("alloc_graph: this allocator serves another graph already")
-        self._graph = graph._ptr != NULL
+        if self._served:
+            raise BackendError("alloc_graph: this allocator serves a graph already")
+        check_idle(graph.ctx)
+        reach([graph.ctx])
+        check_foreign(graph)
+        check_not_empty(graph)
+        self._served = True
         with nogil:
             ok = c.ggml_gallocr_alloc_graph(self._ptr, g)
         if not ok:
@@ -179,11 +194,14 @@ cdef class GAllocr(Owner):
 cdef class Sched(Owner):
     """Own the allocation and execution of graphs over several backends; the last must be a CPU's.
 
+    One Sched serves one graph, as one GAllocr does.  graph_size: the most nodes and leaves of it, together.
     Wraps: ggml_backend_sched_new, ggml_backend_sched_free.
     """
 
     def __cinit__(self, backends, int graph_size=2048):
         cdef c.ggml_backend_t ptrs[16]
+        check_size(graph_size)
+        self.graph_size = graph_size
         self.backends = list(backends)
         if not 1 <= len(self.backends) <= 16:
             raise BackendError(f"Sched: {len(self.backends)} backends, not 1 to 16")
@@ -210,18 +228,43 @@ cdef class Sched(Owner):
     def alloc_graph(self, CGraph graph not None):
         """Divide `graph` over the backends and allocate it.
 
-        Raises: AllocError when there is not enough memory.
-        Wraps: ggml_backend_sched_reset, ggml_backend_sched_alloc_graph.
+        Raises: AllocError when there is not enough memory or the graph is larger than graph_size, BackendError for a
+        second graph or a node that no backend can compute, ClosedError if an operand from another Context has no data.
+        Wraps: ggml_backend_sched_alloc_graph.
         """
         cdef c.ggml_cgraph * g = graph.ptr()
         cdef bint ok
-        self.check()
-        c.ggml_backend_sched_reset(self._ptr)
+        if self._served:
+            raise BackendError("alloc_graph: this scheduler serves a graph already")
+        check_idle(graph.ctx)
+        reach([graph.ctx, self])
+        check_foreign(graph)
+        check_not_empty(graph)
+        seen = set()
+        count(nodes_of(graph), seen)
+        if len(seen) > self.graph_size:
+            raise AllocError(f"a graph of {len(seen)} nodes and leaves for a scheduler of {self.graph_size}")
+        self._check_supported(graph)
+        self._served = True
         with nogil:
             ok = c.ggml_backend_sched_alloc_graph(self._ptr, g)
         if not ok:
             raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
         graph.ctx.depend_on(self)
+        graph._sched = self
+        self._n_nodes = graph.n_nodes
+
+    cdef int _check_supported(self, CGraph graph) except -1:
+        cdef c.ggml_tensor * t
+        cdef int i
+        for i in range(c.ggml_graph_n_nodes(graph._ptr)):
+            t = c.ggml_graph_node(graph._ptr, i)
+            for backend in self.backends:
+                if c.ggml_backend_supports_op((<Backend> backend).ptr(), t):
+                    break
+            else:
+                raise BackendError(f"no backend of the scheduler can compute {graph._wrap(t)!r}")
+        return 0
 
     def compute(self, CGraph graph not None, *tables):
         """Compute a graph that alloc_graph allocated.  Releases the GIL.
@@ -231,8 +274,13 @@ cdef class Sched(Owner):
         """
         cdef c.ggml_cgraph * g = graph.ptr()
         cdef c.ggml_status status
-        self.check()
         cdef list owners = [graph.ctx, self]
+        self.check()
+        if graph._sched is not self or graph.n_nodes != self._n_nodes:
+            raise BackendError("compute: the graph was not allocated by this scheduler, or has grown since")
+        check_idle(graph.ctx)
+        for backend in self.backends:
+            check_idle(backend)
         for table in tables:
             owners += (<TensorTable?> table)._owners
         owners = acquire(owners)
@@ -253,10 +301,18 @@ cdef class Sched(Owner):
 _signatures = {}  # one object for each signature, so that tables compare by identity
 
 
+cdef class _Binding(Owner):
+    """What the slots of a graph point at now; the graph's Context depends on it."""
+
+    cdef bint _is_open(self) noexcept:
+        return True
+
+
 cdef class TensorTable:
     """The data that slots point at: one allocated tensor for each slot, in the slots' order.
 
-    tensors: Tensors that have data; they and their buffers stay alive with the table.
+    tensors: contiguous Tensors that have data; they and their buffers stay alive with the table.
+    Raises: ClosedError if a tensor has no data, ShapeError if one is not contiguous.
     """
 
     def __cinit__(self, tensors):
@@ -272,11 +328,11 @@ cdef class TensorTable:
         owners = set()
         for i in range(self.n):
             tensor = <Tensor?> self.tensors[i]
-            t = tensor.with_data()
+            t = check_source(tensor)
             self._data[i] = t.data
-            self._buffers[i] = t.buffer
+            self._buffers[i] = tensor.buffer()
             owners.add(tensor.ctx)
-        self._owners = list(owners)
+        self._owners = owners
         signature = tuple([(each.type, each.ne) for each in self.tensors])
         self.signature = _signatures.setdefault(signature, signature)
 
@@ -298,6 +354,8 @@ cdef class Slots:
     def __cinit__(self, CGraph graph not None):
         self.graph = graph
         self._tensors = []
+        self._binding = _Binding.__new__(_Binding)
+        graph.ctx.depend_on(self._binding)
 
     def __dealloc__(self):
         free(self._slots)
@@ -306,15 +364,15 @@ cdef class Slots:
     def add(self, Tensor source not None):
         """Return a new leaf with the type, shape and name of `source`, pointing at its data.
 
-        Raises: ClosedError if the source has no data, BackendError after seal().
+        Raises: ClosedError if the source has no data, ShapeError if it is not contiguous, BackendError after seal().
         """
-        cdef c.ggml_tensor * s = source.with_data()
+        cdef c.ggml_tensor * s = check_source(source)
         if self._slots != NULL:
             raise BackendError("Slots.add: the slots are sealed")
         cdef Tensor leaf = self.graph.ctx.new_tensor(source.type, source.ne, source.name)
         leaf._ptr.data = s.data
-        leaf._ptr.buffer = s.buffer
-        self.graph.ctx.depend_on(source.ctx)
+        leaf._ptr.buffer = source.buffer()
+        self._binding.depend_on(source.ctx)
         self._tensors.append((leaf, source))
         return leaf
 
@@ -322,10 +380,16 @@ cdef class Slots:
         """Record the slots and their views, once the graph is complete and allocated, and bind them to their sources.
 
         From here on the graph's Context keeps only the bound table's tensors alive.
+        Raises: BackendError when called twice.
         """
         cdef Py_ssize_t i
         cdef int k, n_nodes = c.ggml_graph_n_nodes(self.graph.ptr())
         cdef c.ggml_tensor * t
+        if self._slots != NULL:
+            raise BackendError("Slots.seal: the slots are sealed already")
+        sources = [source for _, source in self._tensors]
+        self.table = TensorTable(sources)
+        self._n_nodes = n_nodes
         self.n = len(self._tensors)
         self._slots = <c.ggml_tensor **> malloc((self.n + 1) * sizeof(void *))
         self._views = <c.ggml_tensor **> malloc((n_nodes + 1) * sizeof(void *))
@@ -340,27 +404,25 @@ cdef class Slots:
             if t.view_src != NULL and <size_t> t.view_src in roots:
                 self._views[self.n_views] = t
                 self.n_views += 1
-        sources = [source for _, source in self._tensors]
-        for source in sources:
-            self.graph.ctx._uses.discard((<Tensor> source).ctx)
         self._tensors = [leaf for leaf, _ in self._tensors]
-        self.table = TensorTable(sources)
+        self._binding._uses = self.table._owners
 
     def bind(self, TensorTable table not None):
         """Point the slots at the tensors of `table`, if they do not point there already.
 
-        Raises: ShapeError if a type or shape differs from the slot's.
+        Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
+        before seal() or if the graph has grown since.
         """
         cdef Py_ssize_t i
         cdef c.ggml_tensor * t
         if table is self.table:
             return
-        if self._slots == NULL:
-            raise BackendError("Slots.bind: the slots are not sealed yet")
+        if self._slots == NULL or c.ggml_graph_n_nodes(self.graph.ptr()) != self._n_nodes:
+            raise BackendError("Slots.bind: the slots are not sealed yet, or the graph has grown since")
+        check_idle(self.graph.ctx)
         if table.signature is not self.table.signature:
             raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
                              f"{self._first_difference(table)}")
-        self.graph.ctx.ptr()
         for i in range(self.n):
             self._slots[i].data = table._data[i]
             self._slots[i].buffer = table._buffers[i]
@@ -369,6 +431,7 @@ cdef class Slots:
             t.data = <char *> t.view_src.data + t.view_offs
             t.buffer = t.view_src.buffer
         self.table = table
+        self._binding._uses = table._owners
 
     def _first_difference(self, TensorTable table):
         if table.n != self.n:

@@ -26,6 +26,15 @@ cdef extern from "ggml.h" nogil:
         GGML_TYPE_F32
         GGML_TYPE_F16
         GGML_TYPE_BF16
+        GGML_TYPE_Q8_1
+        GGML_TYPE_Q8_K
+        GGML_TYPE_IQ2_XXS
+        GGML_TYPE_IQ2_XS
+        GGML_TYPE_IQ3_XXS
+        GGML_TYPE_IQ1_S
+        GGML_TYPE_IQ3_S
+        GGML_TYPE_IQ2_S
+        GGML_TYPE_IQ1_M
         GGML_TYPE_F64
         GGML_TYPE_I8
         GGML_TYPE_I16
@@ -35,6 +44,8 @@ cdef extern from "ggml.h" nogil:
 
     enum ggml_op:
         GGML_OP_NONE
+        GGML_OP_MUL_MAT
+        GGML_OP_SET_ROWS
 
     enum ggml_prec:
         GGML_PREC_F32
@@ -119,7 +130,6 @@ cdef extern from "ggml.h" nogil:
     size_t ggml_nbytes(const ggml_tensor * tensor)
     int64_t ggml_nelements(const ggml_tensor * tensor)
     int64_t ggml_nrows(const ggml_tensor * tensor)
-    int ggml_n_dims(const ggml_tensor * tensor)
     bool ggml_is_contiguous(const ggml_tensor * tensor)
     bool ggml_is_contiguous_rows(const ggml_tensor * tensor)
     bool ggml_is_transposed(const ggml_tensor * tensor)

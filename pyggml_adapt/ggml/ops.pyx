@@ -8,7 +8,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Context, Tensor
+from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor, count, read_ne
 
 from pyggml_adapt.errors import DTypeError, ShapeError
 from pyggml_adapt.ggml.enums import Type
@@ -29,32 +29,16 @@ cdef inline Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=Non
 cdef inline int keep(Context ctx, Tensor operand) except -1:
     if operand.ctx is not ctx:
         ctx.depend_on(operand.ctx)
-        ctx.uses_foreign = True
+        if operand._ptr.op == c.GGML_OP_NONE:
+            ctx.n_foreign += 1
+        else:
+            seen = set()
+            count([<size_t> operand._ptr], seen)
+            ctx.n_foreign += len(seen)
     return 0
 
 
-cdef object bad_shape(str op, str why, operands):
-    shapes = ", ".join(f"{name} {list((<Tensor> t).ne)}" for name, t in operands if t is not None)
-    return ShapeError(f"{op}: {why} ({shapes})")
-
-
-cdef object bad_type(str op, str why, operands):
-    types = ", ".join(f"{name} {(<Tensor> t).type.name}" for name, t in operands if t is not None)
-    return DTypeError(f"{op}: {why} ({types})")
-
-
-cdef inline bint is_float(c.ggml_tensor * t) noexcept nogil:
-    return t.type == c.GGML_TYPE_F32 or t.type == c.GGML_TYPE_F16
-
-
-cdef int check_rows(str op, Tensor a) except -1:
-    """Check that a is F32 with contiguous rows, as the row-wise ops need."""
-    cdef c.ggml_tensor * pa = a.ptr()
-    if pa.type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a must be F32", [("a", a)])
-    if not c.ggml_is_contiguous_rows(pa):
-        raise bad_shape(op, "the rows of a must be contiguous", [("a", a)])
-    return 0
+include "ops_checks.pxi"
 
 
 ctypedef c.ggml_tensor * (*binary_op)(c.ggml_context *, c.ggml_tensor *, c.ggml_tensor *)
@@ -65,10 +49,10 @@ cdef Tensor binary(str op, binary_op call, Context ctx, Tensor a, Tensor b):
     cdef c.ggml_tensor * pb = b.ptr()
     if not c.ggml_can_repeat(pb, pa):
         raise bad_shape(op, "b does not broadcast to a", [("a", a), ("b", b)])
-    if not is_float(pb) or not (is_float(pa) or c.ggml_is_quantized(pa.type)):
-        raise bad_type(op, "unsupported types", [("a", a), ("b", b)])
-    if c.ggml_is_quantized(pa.type) and not op == "add":
-        raise bad_type(op, "a must be F32 or F16", [("a", a), ("b", b)])
+    if pb.type != c.GGML_TYPE_F32 and pb.type != pa.type or not (is_float(pa) or pa.type == c.GGML_TYPE_BF16):
+        raise bad_type(op, "a must be F32, F16 or BF16, b F32 or of a's type", [("a", a), ("b", b)])
+    if not has_rows(pa):
+        raise bad_shape(op, "the rows of a must be contiguous", [("a", a), ("b", b)])
     return result(ctx, call(ctx.room(1), pa, pb), a, b)
 
 
@@ -101,15 +85,16 @@ def div(Context ctx not None, Tensor a not None, Tensor b not None):
 
 def scale(Context ctx not None, Tensor a not None, float s):
     """Return a times the number s, shape of a.  a: F32, contiguous.  Wraps: ggml_scale."""
-    check_rows("scale", a)
-    if not c.ggml_is_contiguous(a.ptr()):
+    check_even_rows("scale", a)
+    cdef c.ggml_tensor * pa = a.ptr()
+    if not c.ggml_is_contiguous(pa) or pa.nb[2] != pa.nb[1] * pa.ne[1] or pa.nb[3] != pa.nb[2] * pa.ne[2]:
         raise bad_shape("scale", "a must be contiguous", [("a", a)])
     return result(ctx, c.ggml_scale(ctx.room(1), a.ptr(), s), a)
 
 
 def clamp(Context ctx not None, Tensor a not None, float min, float max=INFINITY):
-    """Return a, in place, with its elements limited to [min, max].  Wraps: ggml_clamp."""
-    check_rows("clamp", a)
+    """Return a with its elements limited to [min, max].  Wraps: ggml_clamp."""
+    check_even_rows("clamp", a)
     return result(ctx, c.ggml_clamp(ctx.room(1), a.ptr(), min, max), a)
 
 
@@ -134,6 +119,9 @@ def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
     for i in range(4):
         if i != dim and pa.ne[i] != pb.ne[i]:
             raise bad_shape("concat", f"ne{i} differs", [("a", a), ("b", b)])
+    if c.ggml_type_size(pa.type) == 8 and not (has_rows(pa) and has_rows(pb)):
+        raise bad_shape("concat", "rows of 8-byte elements must be contiguous", [("a", a), ("b", b)])
+    check_size("concat", <double> c.ggml_nelements(pa) + c.ggml_nelements(pb), [("a", a), ("b", b)])
     return result(ctx, c.ggml_concat(ctx.room(1), pa, pb, dim), a, b)
 
 
@@ -149,8 +137,8 @@ def swiglu_split(Context ctx not None, Tensor a not None, Tensor b not None):
     Raises: ShapeError unless a and b have one shape and contiguous rows.
     Wraps: ggml_swiglu_split.
     """
-    check_rows("swiglu_split", a)
-    check_rows("swiglu_split", b)
+    check_even_rows("swiglu_split", a)
+    check_even_rows("swiglu_split", b)
     if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
         raise bad_shape("swiglu_split", "shapes differ", [("a", a), ("b", b)])
     return result(ctx, c.ggml_swiglu_split(ctx.room(1), a.ptr(), b.ptr()), a, b)
@@ -164,28 +152,20 @@ def rms_norm(Context ctx not None, Tensor a not None, float eps):
     return result(ctx, c.ggml_rms_norm(ctx.room(1), a.ptr(), eps), a)
 
 
-cdef int check_weights(str op, c.ggml_tensor * pa, c.ggml_tensor * pb, operands) except -1:
-    if pa.ne[0] != pb.ne[0]:
-        raise bad_shape(op, "ne0 differs", operands)
-    if pa.nb[0] > pa.nb[1] or pa.nb[0] != c.ggml_type_size(pa.type):
-        raise bad_shape(op, "the first operand must not be transposed", operands)
-    if not (is_float(pb) or pb.type == c.GGML_TYPE_BF16):
-        raise bad_type(op, "the second operand must be F32, F16 or BF16", operands)
-    return 0
-
-
 def mul_mat(Context ctx not None, Tensor a not None, Tensor b not None):
     """Return b times a-transposed as F32 [a.ne1, b.ne1, b.ne2, b.ne3].
 
-    a: weights [k, m, ...], any type, not transposed.  b: activations [k, n, ...].
+    a: weights [k, m, ...], not transposed.  b: activations [k, n, ...], F32, or F16 or BF16 if a is; contiguous rows.
     Raises: ShapeError if k differs or b is not a multiple of a in ne2/ne3.
     Wraps: ggml_mul_mat.
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    check_weights("mul_mat", pa, pb, [("a", a), ("b", b)])
+    operands = [("a", a), ("b", b)]
+    check_weights("mul_mat", pa, pb, operands)
     if pa.ne[2] == 0 or pa.ne[3] == 0 or pb.ne[2] % pa.ne[2] or pb.ne[3] % pa.ne[3]:
-        raise bad_shape("mul_mat", "b is not a multiple of a in ne2 and ne3", [("a", a), ("b", b)])
+        raise bad_shape("mul_mat", "b is not a multiple of a in ne2 and ne3", operands)
+    check_size("mul_mat", <double> pa.ne[1] * pb.ne[1] * pb.ne[2] * pb.ne[3], operands)
     return result(ctx, c.ggml_mul_mat(ctx.room(1), pa, pb), a, b)
 
 
@@ -197,9 +177,19 @@ def mul_mat_set_prec_f32(Tensor a not None):
 
 
 def mul_mat_set_hadamard(Tensor a not None):
-    """Return a, a result of mul_mat whose first operand is a Hadamard matrix.  Wraps: ggml_mul_mat_set_hint."""
-    if a.op != "MUL_MAT":
+    """Return a, a result of mul_mat whose first operand is a Hadamard matrix; its data is then not read.
+
+    Raises: ShapeError unless that is square with a power of two rows.
+    Wraps: ggml_mul_mat_set_hint.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    if pa.op != c.GGML_OP_MUL_MAT:
         raise ShapeError(f"mul_mat_set_hadamard: {a.op} is not MUL_MAT")
+    cdef int64_t n = pa.src[0].ne[0]
+    if n != pa.ne[0] or n < 1 or n & (n - 1):
+        raise ShapeError(f"mul_mat_set_hadamard: {[n, pa.ne[0]]} is not square with a power of two rows")
+    if not is_float(pa.src[1]):
+        raise DTypeError("mul_mat_set_hadamard: the second operand of mul_mat must be F32 or F16")
     c.ggml_mul_mat_set_hint(a.ptr(), c.GGML_HINT_SRC0_IS_HADAMARD)
     return a
 
@@ -207,7 +197,7 @@ def mul_mat_set_hadamard(Tensor a not None):
 def mul_mat_id(Context ctx not None, Tensor as_ not None, Tensor b not None, Tensor ids not None):
     """Return, for each token, b times the transposed matrices that ids names, F32 [m, n_ids, n_tokens].
 
-    as_: experts' weights [k, m, n_expert].  b: [k, n_ids or 1, n_tokens].  ids: I32 [n_ids, n_tokens], each from 0
+    as_: experts' weights [k, m, n_expert].  b: F32 [k, n_ids or 1, n_tokens].  ids: I32 [n_ids, n_tokens], each from 0
     to n_expert - 1 (not checked here: they are data).
     Raises: ShapeError if these do not match.
     Wraps: ggml_mul_mat_id.
@@ -217,12 +207,13 @@ def mul_mat_id(Context ctx not None, Tensor as_ not None, Tensor b not None, Ten
     cdef c.ggml_tensor * pi = ids.ptr()
     operands = [("as", as_), ("b", b), ("ids", ids)]
     check_weights("mul_mat_id", pa, pb, operands)
-    if pi.type != c.GGML_TYPE_I32:
-        raise bad_type("mul_mat_id", "ids must be I32", operands)
-    if pa.ne[3] != 1 or pb.ne[3] != 1 or pi.ne[2] != 1 or pi.ne[3] != 1:
+    if pi.type != c.GGML_TYPE_I32 or pb.type != c.GGML_TYPE_F32:
+        raise bad_type("mul_mat_id", "b must be F32, ids I32", operands)
+    if pa.ne[2] == 0 or pa.ne[3] != 1 or pb.ne[3] != 1 or pi.ne[2] != 1 or pi.ne[3] != 1:
         raise bad_shape("mul_mat_id", "as and b have three dimensions, ids two", operands)
     if pi.ne[1] != pb.ne[2] or pb.ne[1] == 0 or pi.ne[0] % pb.ne[1]:
         raise bad_shape("mul_mat_id", "ids must have a list for each token of b", operands)
+    check_size("mul_mat_id", <double> pa.ne[1] * pi.ne[0] * pb.ne[2], operands)
     return result(ctx, c.ggml_mul_mat_id(ctx.room(1), pa, pb, pi), as_, b, ids)
 
 
@@ -239,33 +230,23 @@ def add_id(Context ctx not None, Tensor a not None, Tensor b not None, Tensor id
     operands = [("a", a), ("b", b), ("ids", ids)]
     if pi.type != c.GGML_TYPE_I32 or pa.type != c.GGML_TYPE_F32 or pb.type != c.GGML_TYPE_F32:
         raise bad_type("add_id", "a and b must be F32, ids I32", operands)
-    if pa.ne[0] != pb.ne[0] or pa.ne[1] != pi.ne[0] or pa.ne[2] != pi.ne[1]:
+    if pa.ne[0] != pb.ne[0] or pa.ne[1] != pi.ne[0] or pa.ne[2] != pi.ne[1] or pb.ne[1] == 0:
         raise bad_shape("add_id", "shapes do not match", operands)
+    if not has_rows(pa) or not has_rows(pb):
+        raise bad_shape("add_id", "the rows of a and b must be contiguous", operands)
     return result(ctx, c.ggml_add_id(ctx.room(1), pa, pb, pi), a, b, ids)
 
 
 def cast(Context ctx not None, Tensor a not None, type):
-    """Return a converted to `type`, shape of a, contiguous.  Wraps: ggml_cast."""
+    """Return a converted to `type`, shape of a, contiguous.
+
+    Raises: DTypeError unless floating-point becomes floating-point or quantised, quantised becomes F32, or F32 and I32
+    become each other.
+    Wraps: ggml_cast.
+    """
     cdef int t = Type(type)
-    if a.ptr().ne[0] % c.ggml_blck_size(<c.ggml_type> t):
-        raise bad_shape("cast", f"ne0 is not a multiple of {Type(t).name}'s block size", [("a", a)])
+    check_cast(a.ptr(), <c.ggml_type> t, a)
     return result(ctx, c.ggml_cast(ctx.room(1), a.ptr(), <c.ggml_type> t), a)
-
-
-cdef int fill(int64_t * dims, str op, Tensor a, tuple ne) except -1:
-    """Fill dims from ne, padded with ones, and check that it holds as many elements as a."""
-    cdef int64_t n = 1
-    cdef int i
-    if not 1 <= len(ne) <= 4:
-        raise ShapeError(f"{op}: {len(ne)} dimensions, not 1 to 4")
-    for i in range(4):
-        dims[i] = ne[i] if i < len(ne) else 1
-        if dims[i] < 0 or (dims[i] > 0 and n > (<int64_t> 1 << 60) // dims[i]):
-            raise bad_shape(op, f"impossible shape {list(ne)}", [("a", a)])
-        n *= dims[i]
-    if n != c.ggml_nelements(a.ptr()):
-        raise bad_shape(op, f"{list(ne)} has another number of elements", [("a", a)])
-    return 0
 
 
 def cont(Context ctx not None, Tensor a not None, *ne):
@@ -278,6 +259,8 @@ def cont(Context ctx not None, Tensor a not None, *ne):
     if not ne:
         return result(ctx, c.ggml_cont(ctx.room(1), a.ptr()), a)
     fill(d, "cont", a, ne)
+    if c.ggml_blck_size(a.ptr().type) > 1 and not c.ggml_is_contiguous(a.ptr()):
+        raise bad_shape("cont", "a quantised a must be contiguous if its shape changes", [("a", a)])
     return result(ctx, c.ggml_cont_4d(ctx.room(1), a.ptr(), d[0], d[1], d[2], d[3]), a)
 
 
@@ -306,19 +289,15 @@ def view(Context ctx not None, Tensor a not None, ne, nb=(), size_t offset=0):
     cdef size_t s[4]
     cdef size_t end
     cdef int i
-    if not 1 <= len(ne) <= 4 or len(nb) > 3:
-        raise ShapeError("view: ne has 1 to 4 dimensions, nb at most 3 strides")
-    for i in range(4):
-        d[i] = ne[i] if i < len(ne) else 1
-        if d[i] < 1 or d[i] > (<int64_t> 1 << 40):
-            raise bad_shape("view", f"impossible shape {list(ne)}", [("a", a)])
-    if d[0] % c.ggml_blck_size(pa.type):
-        raise bad_shape("view", f"ne0 = {d[0]} is not a multiple of the block size", [("a", a)])
+    read_ne(d, "view", ne)
+    if len(nb) > 3 or d[0] * d[1] * d[2] * d[3] == 0:
+        raise bad_shape("view", f"impossible shape {list(ne)} or strides {list(nb)}", [("a", a)])
+    check_blocks("view", pa.type, d[0], a)
     s[0] = c.ggml_type_size(pa.type)
     end = c.ggml_row_size(pa.type, d[0])
     for i in range(1, 4):
         s[i] = nb[i - 1] if i <= len(nb) else (end if i == 1 else s[i - 1] * d[i - 1])
-        if s[i] > (<size_t> 1 << 44) or <size_t> d[i] > (<size_t> 1 << 60) // (s[i] if s[i] else 1):
+        if s[i] % s[0] or s[i] > (<size_t> 1 << 44) or <size_t> d[i] > (<size_t> 1 << 60) // (s[i] if s[i] else 1):
             raise bad_shape("view", f"impossible strides {list(nb)}", [("a", a)])
     for i in range(1, 4):
         end += (d[i] - 1) * s[i]
@@ -332,16 +311,20 @@ def view(Context ctx not None, Tensor a not None, ne, nb=(), size_t offset=0):
 def permute(Context ctx not None, Tensor a not None, int axis0, int axis1, int axis2, int axis3):
     """Return a view of a whose dimension axis_i is a's dimension i.
 
-    Raises: ShapeError unless the axes are 0, 1, 2, 3 in some order.
+    Raises: ShapeError unless the axes are 0, 1, 2, 3 in some order, and axis0 is 0 if a is quantised.
     Wraps: ggml_permute.
     """
     if sorted((axis0, axis1, axis2, axis3)) != [0, 1, 2, 3]:
         raise ShapeError(f"permute: {axis0}, {axis1}, {axis2}, {axis3} is not a permutation of 0, 1, 2, 3")
+    if axis0 != 0 and c.ggml_blck_size(a.ptr().type) > 1:
+        raise bad_shape("permute", "the rows of a quantised a must stay", [("a", a)])
     return result(ctx, c.ggml_permute(ctx.room(1), a.ptr(), axis0, axis1, axis2, axis3), a)
 
 
 def transpose(Context ctx not None, Tensor a not None):
-    """Return a view of a with ne0 and ne1 exchanged.  Wraps: ggml_transpose."""
+    """Return a view of a, which must not be quantised, with ne0 and ne1 exchanged.  Wraps: ggml_transpose."""
+    if c.ggml_blck_size(a.ptr().type) > 1:
+        raise bad_shape("transpose", "the rows of a quantised a must stay", [("a", a)])
     return result(ctx, c.ggml_transpose(ctx.room(1), a.ptr()), a)
 
 
@@ -354,10 +337,16 @@ def get_rows(Context ctx not None, Tensor a not None, Tensor ids not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pi = ids.ptr()
-    if pi.type != c.GGML_TYPE_I32:
-        raise bad_type("get_rows", "ids must be I32", [("a", a), ("ids", ids)])
+    operands = [("a", a), ("ids", ids)]
+    if pi.type != c.GGML_TYPE_I32 or not (is_weight(pa) or pa.type == c.GGML_TYPE_I32):
+        raise bad_type("get_rows", "a must be of a floating-point or quantised type or I32, ids I32", operands)
     if pa.ne[2] != pi.ne[1] or pa.ne[3] != pi.ne[2] or pi.ne[3] != 1:
-        raise bad_shape("get_rows", "ids do not match a", [("a", a), ("ids", ids)])
+        raise bad_shape("get_rows", "ids do not match a", operands)
+    if pa.ne[1] == 0 and c.ggml_nelements(pi):
+        raise bad_shape("get_rows", "a has no rows", operands)
+    if not has_rows(pa):
+        raise bad_shape("get_rows", "the rows of a must be contiguous", operands)
+    check_size("get_rows", <double> pa.ne[0] * c.ggml_nelements(pi), operands)
     return result(ctx, c.ggml_get_rows(ctx.room(1), pa, pi), a, ids)
 
 
@@ -374,10 +363,13 @@ def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor 
     operands = [("a", a), ("b", b), ("ids", ids)]
     if not is_float(pb) or not (pi.type == c.GGML_TYPE_I64 or pi.type == c.GGML_TYPE_I32):
         raise bad_type("set_rows", "b must be F32 or F16, ids I64 or I32", operands)
+    if not is_writable(pa.type):
+        raise bad_type("set_rows", "a must be of a type that ggml can convert to", operands)
     if (pa.ne[0] != pb.ne[0] or pa.ne[2] != pb.ne[2] or pa.ne[3] != pb.ne[3] or pb.ne[1] != pi.ne[0]
+            or (pa.ne[1] == 0 and pb.ne[1])
             or pi.ne[1] == 0 or pi.ne[2] == 0 or pb.ne[2] % pi.ne[1] or pb.ne[3] % pi.ne[2] or pi.ne[3] != 1):
         raise bad_shape("set_rows", "shapes do not match", operands)
-    if not c.ggml_is_contiguous_rows(pa) or not c.ggml_is_contiguous_rows(pb):
+    if not has_rows(pa) or not has_rows(pb):
         raise bad_shape("set_rows", "the rows of a and b must be contiguous", operands)
     return result(ctx, c.ggml_set_rows(ctx.room(1), pa, pb, pi), a, b, ids)
 
@@ -434,11 +426,13 @@ def rope_ext(Context ctx not None, Tensor a not None, Tensor pos not None, Tenso
         raise bad_type("rope_ext", "pos must be I32", operands)
     if n_dims < 2 or n_dims % 2 or n_dims > pa.ne[0]:
         raise bad_shape("rope_ext", f"n_dims = {n_dims} is not an even number up to ne0", operands)
-    if pp.ne[0] != pa.ne[2] or pp.ne[1] * pp.ne[2] * pp.ne[3] != 1:
+    if pa.ne[0] % 2:
+        raise bad_shape("rope_ext", "ne0 must be even", operands)
+    if pp.ne[0] != pa.ne[2] or pp.ne[1] * pp.ne[2] * pp.ne[3] != 1 or not has_rows(pp):
         raise bad_shape("rope_ext", "pos needs one position for each token", operands)
     if freq_factors is not None:
         pf = freq_factors.ptr()
-        if pf.type != c.GGML_TYPE_F32 or pf.ne[0] < n_dims // 2:
+        if pf.type != c.GGML_TYPE_F32 or pf.ne[0] < n_dims // 2 or not has_rows(pf):
             raise bad_shape("rope_ext", "freq_factors must be F32 [>= n_dims/2]", operands)
     return result(ctx, c.ggml_rope_ext(ctx.room(1), pa, pp, pf, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
                                        ext_factor, attn_factor, beta_fast, beta_slow), a, pos, freq_factors)
@@ -450,7 +444,7 @@ def argsort_top_k(Context ctx not None, Tensor a not None, int k):
     Raises: ShapeError unless 1 <= k <= ne0.
     Wraps: ggml_argsort_top_k.
     """
-    check_rows("argsort_top_k", a)
+    check_even_rows("argsort_top_k", a)
     if not 1 <= k <= a.ptr().ne[0] or a.ptr().ne[0] > 0x7FFFFFFF:
         raise bad_shape("argsort_top_k", f"k = {k} is not from 1 to ne0", [("a", a)])
     return result(ctx, c.ggml_argsort_top_k(ctx.room(2), a.ptr(), k), a)
@@ -471,11 +465,12 @@ def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, T
     cdef c.ggml_tensor * pm = NULL
     operands = [("q", q), ("k", k), ("v", v), ("mask", mask)]
     check_weights("flash_attn_ext", pk, pq, operands)
-    if pq.type != c.GGML_TYPE_F32:
-        raise bad_type("flash_attn_ext", "q must be F32", operands)
+    if pq.type != c.GGML_TYPE_F32 or not is_weight(pv):
+        raise bad_type("flash_attn_ext", "q must be F32, k and v of floating-point or quantised types", operands)
     if (pk.ne[2] == 0 or pq.ne[2] % pk.ne[2] or pk.ne[1] != pv.ne[1] or pv.ne[2] == 0 or pq.ne[2] % pv.ne[2]
-            or pq.ne[3] != pk.ne[3] or pq.ne[3] != pv.ne[3] or pv.nb[0] != c.ggml_type_size(pv.type)):
+            or pq.ne[3] != pk.ne[3] or pq.ne[3] != pv.ne[3] or not has_rows(pv)):
         raise bad_shape("flash_attn_ext", "q, k and v do not match", operands)
+    check_size("flash_attn_ext", <double> pv.ne[0] * pq.ne[1] * pq.ne[2] * pq.ne[3], operands)
     if max_bias > 0 and mask is None:
         raise bad_shape("flash_attn_ext", "max_bias needs a mask", operands)
     if mask is not None:

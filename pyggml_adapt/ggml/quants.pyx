@@ -6,7 +6,7 @@ from pyggml_adapt.ggml cimport libggml as c
 
 import numpy as np
 
-from pyggml_adapt.errors import DTypeError, ShapeError
+from pyggml_adapt.errors import DTypeError, ParameterError, ShapeError
 from pyggml_adapt.ggml.enums import Type
 
 
@@ -15,7 +15,8 @@ def quantize(array, type, imatrix=None):
 
     array: convertible to F32, last axis = rows of ne0 elements.  imatrix: F32 [ne0], the importance of each column,
     needed by a few types.  Releases the GIL.
-    Raises: ShapeError if ne0 is not a multiple of the type's block, DTypeError if ggml cannot convert to the type.
+    Raises: ShapeError if ne0 is not a multiple of the type's block, DTypeError if ggml cannot convert to the type,
+    ParameterError if a number is not finite or, to be quantised, beyond 1e10.
     Wraps: ggml_quantize_chunk.
     """
     cdef int t = Type(type)
@@ -30,12 +31,15 @@ def quantize(array, type, imatrix=None):
         return source.view(np.uint8).reshape(-1).copy()
     if not (c.ggml_is_quantized(<c.ggml_type> t) or t in (c.GGML_TYPE_F16, c.GGML_TYPE_BF16)) or Type(t).name in _NEVER:
         raise DTypeError(f"quantize: ggml does not convert to {Type(t).name}")
+    if c.ggml_is_quantized(<c.ggml_type> t):
+        check_range("the array", source, -_LARGEST)
     cdef const float[::1] weights = None
     cdef const float * importance = NULL
     if imatrix is not None:
         weights = np.ascontiguousarray(imatrix, dtype=np.float32)
         if weights.shape[0] != n_per_row:
             raise ShapeError(f"quantize: an imatrix of {weights.shape[0]} columns for rows of {n_per_row}")
+        check_range("the imatrix", np.asarray(weights), 0)
         importance = &weights[0]
     elif c.ggml_quantize_requires_imatrix(<c.ggml_type> t):
         raise DTypeError(f"quantize: {Type(t).name} needs an imatrix")
@@ -47,6 +51,14 @@ def quantize(array, type, imatrix=None):
     return out
 
 
+cdef int check_range(str what, array, float lowest) except -1:
+    """Check that numbers are in a range in which ggml's searches for the best blocks neither overflow nor abort."""
+    if not (array.min() >= lowest and array.max() <= _LARGEST):
+        raise ParameterError(f"quantize: {what} has numbers that are not from {lowest:g} to {_LARGEST:g}")
+    return 0
+
+
+_LARGEST = 1e10
 _NEVER = frozenset({"Q8_1", "Q8_K"})  # types of activations inside matmul; ggml_quantize_chunk aborts on them
 
 

@@ -4,6 +4,9 @@ import logging
 
 from pyggml_adapt.ggml cimport libggml as c
 
+cdef extern from "Python.h" nogil:
+    bint Py_IsInitialized()
+
 from pyggml_adapt.errors import AllocError, BackendError, ComputeAborted
 
 _logger = logging.getLogger(__name__.rpartition(".")[0])
@@ -18,7 +21,12 @@ _pending_level = logging.INFO
 _last_problem = ""
 
 
-cdef void _on_log(c.ggml_log_level level, const char * text, void * user_data) noexcept with gil:
+cdef void _on_log(c.ggml_log_level level, const char * text, void * user_data) noexcept nogil:
+    if Py_IsInitialized():  # not so in destructors of C++ that run after Python's end
+        _log(level, text)
+
+
+cdef void _log(c.ggml_log_level level, const char * text) noexcept with gil:
     global _pending, _pending_level, _last_problem
     try:
         if level != c.GGML_LOG_LEVEL_CONT:
