@@ -1,7 +1,7 @@
 """Measure the GGUF files with llama.cpp: exact answers on unseen prompts, and tensors changed.
 
-    pip install gguf==0.19.0 llama-cpp-python==0.3.36
-    python check.py -n 400
+pip install gguf==0.19.0 llama-cpp-python==0.3.36
+python check.py -n 400
 """
 
 import argparse
@@ -34,10 +34,7 @@ def answers(path, words):
 def accuracies(path, words):
     """Return per task the share of `words` that the model at `path` answers as that task."""
     pairs = list(zip(words, answers(path, words), strict=True))
-    return {
-        task: sum(tasks.is_right(task, word, text) for word, text in pairs) / len(words)
-        for task in tasks.TASKS
-    }
+    return {task: sum(tasks.is_right(task, word, text) for word, text in pairs) / len(words) for task in tasks.TASKS}
 
 
 def tensors(path):

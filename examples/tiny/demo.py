@@ -50,12 +50,12 @@ def open_separately(files):
 
 def show_answers(console, host, words):
     """Print what every task makes of the same prompts, and how often it is right on unseen words."""
-    table = Table(title="the same prompt, one foundation, four tasks")
+    table = Table(title=f"one foundation, four tasks; every prompt is {tasks.prompt('WORD')}")
     table.add_column("task")
     for word in SHOWN:
-        table.add_column(tasks.prompt(word))
-    table.add_column(f"right, {len(words)} unseen words", justify="right")
-    table.add_column("right by another task's rule", justify="right")
+        table.add_column(word)
+    table.add_column(f"right on {len(words)} unseen words", justify="right")
+    table.add_column("by another task's rule", justify="right")
     for task in host.tasks:
         others = max(right(host, task, other, words) for other in host.tasks if other != task)
         own = right(host, task, task, words)
@@ -76,7 +76,9 @@ def show_costs(console, host, files, report):
     full = sum(Path(path).stat().st_size for path in files.values())
     swap = swap_us(host)
     table.add_row("files", f"{disk / KIB:.0f} KiB", f"{full / KIB:.0f} KiB", f"{disk / full:.2f}")
-    table.add_row("weights resident", f"{shared / KIB:.0f} KiB", f"{separate / KIB:.0f} KiB", f"{shared / separate:.2f}")
+    table.add_row(
+        "weights resident", f"{shared / KIB:.0f} KiB", f"{separate / KIB:.0f} KiB", f"{shared / separate:.2f}"
+    )
     table.add_row("change the task", f"{swap:.0f} us", f"{load_ms * 1e3:.0f} us (load)", f"{swap / load_ms / 1e3:.4f}")
     console.print(table)
     for each in hosts.values():

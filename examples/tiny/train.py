@@ -1,7 +1,7 @@
 """Train the tiny base model, fine-tune its three tasks, write the GGUF files.
 
-    pip install -r requirements.txt
-    python train.py -o .
+pip install -r requirements.txt
+python train.py -o .
 """
 
 import argparse
@@ -76,8 +76,7 @@ def train(model, vocab, name, weights, task=None):
     for weight in weights:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LR[name], total_steps=n_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR[name], total_steps=n_steps, pct_start=0.1)
     start = time.monotonic()
     for step in range(1, n_steps + 1):
         ids, targets = make_batch(rng, vocab, task)
