@@ -27,6 +27,10 @@ class ShapeError(GGMLError, ValueError):
     """Operand shapes that an op does not accept; names the op and the shapes."""
 
 
+class IndexRangeError(GGMLError, IndexError):
+    """An input of a graph names a row or expert that does not exist; ggml would end the process."""
+
+
 class DTypeError(GGMLError, TypeError):
     """Operand types that an op or a buffer does not accept; names the op and the types."""
 
@@ -107,7 +111,7 @@ class AdaptorError(Error, KeyError):
     """An adaptor or task that is unknown, mismatched, in use or too large.
 
     code: one of `adaptor_not_found`, `adaptor_exists`, `adaptor_base_mismatch`, `adaptor_invalid`, `adaptor_in_use`,
-    `adaptor_changed`, `adaptor_byte_limit_exceeded`.
+    `tensor_not_found`.
     """
 
     def __init__(self, message: str, *, code: str):

@@ -8,6 +8,7 @@ cdef class CGraph:
     cdef readonly Context ctx
     cdef readonly int size
     cdef object _supported_by, _sched
+    cdef list _indices
     cdef c.ggml_cgraph * ptr(self) except NULL
     cdef Tensor _wrap(self, c.ggml_tensor * t)
     cdef int _check_node(self, Backend backend, c.ggml_tensor * t, list owners) except -1
@@ -23,6 +24,7 @@ cdef class Sched(Owner):
     cdef c.ggml_backend_sched_t _ptr
     cdef readonly list backends
     cdef readonly int graph_size
+    cdef list _indices
     cdef bint _served
     cdef int _n_nodes
     cdef int _check_supported(self, CGraph graph) except -1

@@ -1,5 +1,6 @@
 """Graphs, what allocates and computes them, and slots: leaves that can be pointed at other tensors' data."""
 
+from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
@@ -7,7 +8,7 @@ from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, count, reach, release
 from pyggml_adapt.ggml.status cimport check
 
-from pyggml_adapt.errors import AllocError, BackendError, BusyError, ClosedError, DTypeError, ShapeError
+from pyggml_adapt.errors import AllocError, BackendError, BusyError, ClosedError, DTypeError, IndexRangeError, ShapeError
 from pyggml_adapt.ggml.status import last_log
 
 
@@ -103,16 +104,16 @@ cdef class CGraph:
             return 0
         for i in range(c.ggml_graph_n_nodes(self._ptr)):
             self._check_node(backend, c.ggml_graph_node(self._ptr, i), owners)
+        self._indices = find_indices(self)
         self._supported_by = backend
         return 0
 
-    def compute(self, Backend backend not None, *tables):
+    def compute(self, Backend backend not None):
         """Compute every node.  Releases the GIL.
 
-        tables: further TensorTables to keep open meanwhile; those that slots of this graph are bound to need not be
-        given.
         Raises: ClosedError if an owner of a tensor was closed, BackendError if the backend cannot compute a node,
-        BusyError if another thread computes with the backend or the graph, ComputeAborted if the backend's abort flag
+        IndexRangeError if an input picks a row or expert that is not there, BusyError if another thread computes with
+        the backend or the graph, ComputeAborted if the backend's abort flag
         was set.
         Wraps: ggml_backend_graph_compute.
         """
@@ -122,11 +123,10 @@ cdef class CGraph:
         cdef list owners = [self.ctx, backend]
         check_idle(self.ctx)
         check_idle(backend)
-        for table in tables:
-            owners += (<TensorTable?> table)._owners
         owners = acquire(owners)
         try:
             self._check_supported(backend, owners)
+            check_indices(self, self._indices)
             with nogil:
                 status = c.ggml_backend_graph_compute(b, graph)
         finally:
@@ -246,6 +246,7 @@ cdef class Sched(Owner):
             raise AllocError(f"a graph of {len(seen)} nodes and leaves for a scheduler of {self.graph_size}")
         self._check_supported(graph)
         self._served = True
+        self._indices = find_indices(graph)
         with nogil:
             ok = c.ggml_backend_sched_alloc_graph(self._ptr, g)
         if not ok:
@@ -266,7 +267,7 @@ cdef class Sched(Owner):
                 raise BackendError(f"no backend of the scheduler can compute {graph._wrap(t)!r}")
         return 0
 
-    def compute(self, CGraph graph not None, *tables):
+    def compute(self, CGraph graph not None):
         """Compute a graph that alloc_graph allocated.  Releases the GIL.
 
         Raises: as CGraph.compute.
@@ -281,10 +282,9 @@ cdef class Sched(Owner):
         check_idle(graph.ctx)
         for backend in self.backends:
             check_idle(backend)
-        for table in tables:
-            owners += (<TensorTable?> table)._owners
         owners = acquire(owners)
         try:
+            check_indices(graph, self._indices)
             with nogil:
                 status = c.ggml_backend_sched_graph_compute(self._ptr, g)
         finally:

@@ -62,3 +62,42 @@ cdef c.ggml_tensor * check_source(Tensor tensor) except NULL:
     if not c.ggml_is_contiguous(t):
         raise ShapeError(f"tensor {tensor.name!r} is not contiguous: a slot cannot point at it")
     return t
+
+
+cdef list find_indices(CGraph graph):
+    """Return (address, bound) of each leaf whose values pick rows or experts: all must be from 0 to bound - 1."""
+    cdef c.ggml_tensor * t
+    cdef c.ggml_tensor * ids
+    cdef int64_t bound
+    cdef dict bounds = {}
+    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
+        t = c.ggml_graph_node(graph._ptr, i)
+        if t.op == c.GGML_OP_GET_ROWS:
+            ids, bound = t.src[1], t.src[0].ne[1]
+        elif t.op == c.GGML_OP_SET_ROWS:
+            ids, bound = t.src[1], t.ne[1]
+        elif t.op == c.GGML_OP_MUL_MAT_ID:
+            ids, bound = t.src[2], t.src[0].ne[2]
+        elif t.op == c.GGML_OP_ADD_ID:
+            ids, bound = t.src[2], t.src[1].ne[1]
+        else:
+            continue
+        if (ids if ids.view_src == NULL else ids.view_src).op == c.GGML_OP_NONE and c.ggml_is_contiguous(ids):
+            bounds[<size_t> ids] = min(bound, bounds.get(<size_t> ids, bound))
+    return list(bounds.items())
+
+
+cdef int check_indices(CGraph graph, list indices) except -1:
+    """Check the values of the leaves that find_indices found: ggml aborts on one out of range, or writes beyond."""
+    cdef c.ggml_tensor * t
+    cdef size_t address
+    cdef int64_t bound, value, i
+    for address, bound in indices:
+        t = <c.ggml_tensor *> address
+        if not c.ggml_backend_buffer_is_host(t.buffer if t.view_src == NULL else t.view_src.buffer):
+            continue  # on a device, whose kernels have checks of their own
+        for i in range(c.ggml_nelements(t)):
+            value = (<int64_t *> t.data)[i] if t.type == c.GGML_TYPE_I64 else (<int32_t *> t.data)[i]
+            if value < 0 or value >= bound:
+                raise IndexRangeError(f"tensor {graph._wrap(t).name!r} picks row {value} of {bound}, at position {i}")
+    return 0

@@ -45,6 +45,9 @@ cdef extern from "ggml.h" nogil:
     enum ggml_op:
         GGML_OP_NONE
         GGML_OP_MUL_MAT
+        GGML_OP_MUL_MAT_ID
+        GGML_OP_ADD_ID
+        GGML_OP_GET_ROWS
         GGML_OP_SET_ROWS
 
     enum ggml_prec:

@@ -198,7 +198,7 @@ def mul_mat_id(Context ctx not None, Tensor as_ not None, Tensor b not None, Ten
     """Return, for each token, b times the transposed matrices that ids names, F32 [m, n_ids, n_tokens].
 
     as_: experts' weights [k, m, n_expert].  b: F32 [k, n_ids or 1, n_tokens].  ids: I32 [n_ids, n_tokens], each from 0
-    to n_expert - 1 (not checked here: they are data).
+    to n_expert - 1 (checked when the graph is computed, if they are an input).
     Raises: ShapeError if these do not match.
     Wraps: ggml_mul_mat_id.
     """
@@ -331,7 +331,7 @@ def transpose(Context ctx not None, Tensor a not None):
 def get_rows(Context ctx not None, Tensor a not None, Tensor ids not None):
     """Return the rows of a that ids names, F32 (I32 for an I32 a) [a.ne0, ids.ne0, ids.ne1, ids.ne2].
 
-    ids: I32, each from 0 to a.ne1 - 1 (not checked here: they are data).
+    ids: I32, each from 0 to a.ne1 - 1 (checked when the graph is computed, if they are an input).
     Raises: ShapeError unless a.ne2 = ids.ne1 and a.ne3 = ids.ne2.
     Wraps: ggml_get_rows.
     """
@@ -353,7 +353,7 @@ def get_rows(Context ctx not None, Tensor a not None, Tensor ids not None):
 def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor ids not None):
     """Return a view of a, into whose rows ids the rows of b are written, converted to a's type.
 
-    a: [n, rows, ...].  b: F32 [n, k, ...].  ids: I64 or I32 [k, ...], each from 0 to rows - 1 (not checked: data).
+    a: [n, rows, ...].  b: F32 [n, k, ...].  ids: I64 or I32 [k, ...], each from 0 to rows - 1 (checked likewise).
     Raises: ShapeError if these do not match.
     Wraps: ggml_set_rows.
     """

@@ -62,6 +62,7 @@ class Program:
         self._allocr.alloc_graph(self.graph)
         self.inputs.fill_constants()
         self._names = w.names
+        self._weights: TaskWeights | None = None  # that bind_weights() was last given
         self._weight_slots.seal()
         self._cache_slots.seal()
         self.nbytes = self._allocr.nbytes + ctx.mem_size
@@ -73,16 +74,18 @@ class Program:
 
     def bind_weights(self, weights: TaskWeights) -> None:
         """Point the graph at a task's weights."""
-        self._weight_slots.bind(weights.table(self._names))
+        if weights is not self._weights:
+            self._weight_slots.bind(weights.table(self._names))
+            self._weights = weights
 
     def uses(self, weights: TaskWeights) -> bool:
         """Return whether the graph points at a task's weights now."""
-        return weights.owns(self._weight_slots.table)
+        return weights is self._weights
 
     def run(self, backend: Backend, batch: UBatch, out: np.ndarray | None) -> None:
         """Compute `batch` and write the logits into out, F32 [n_outputs, n_vocab].  Releases the GIL."""
         self.inputs.fill(batch)
-        self.graph.compute(backend, self._weight_slots.table, self._cache_slots.table)
+        self.graph.compute(backend)
         if self.logits is not None:
             self.logits.get_data(out)
 

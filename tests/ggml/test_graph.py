@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 
-from pyggml_adapt.errors import AllocError, BackendError, ClosedError, ShapeError
+from pyggml_adapt.errors import AllocError, BackendError, ClosedError, IndexRangeError, ShapeError
 from pyggml_adapt.ggml import (
     Backend,
     Buffer,
@@ -478,3 +478,27 @@ def test_binding_takes_microseconds():
         slots.bind(tables[0])
         best = min(best, time.perf_counter() - start)
     assert best < 100e-6
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_an_index_out_of_range_is_named_before_ggml_aborts(bench, bad):
+    rows = bench.leaf(np.zeros((4, 32), dtype=np.float32))
+    ids = bench.leaf(np.array([0, bad, 1], dtype=np.int32))
+    ids.name = "ids"
+    with pytest.raises(IndexRangeError, match=f"'ids' picks row {bad} of 4, at position 1"):
+        bench.compute(ops.get_rows(bench.ctx, rows, ids))
+
+
+def test_written_rows_and_experts_are_checked_too(bench):
+    cache = bench.leaf(np.zeros((4, 32), dtype=np.float32))
+    ids = bench.leaf(np.array([4], dtype=np.int64))
+    with pytest.raises(IndexRangeError, match="row 4 of 4"):
+        bench.compute(ops.set_rows(bench.ctx, cache, bench.leaf(np.ones((1, 32), dtype=np.float32)), ids))
+
+
+def test_an_expert_out_of_range_is_named(bench):
+    experts = bench.leaf(np.zeros((3, 8, 32), dtype=np.float32))
+    b = bench.leaf(np.ones((2, 1, 32), dtype=np.float32))
+    ids = bench.leaf(np.array([[0, 1], [2, 3]], dtype=np.int32))
+    with pytest.raises(IndexRangeError, match="row 3 of 3, at position 3"):
+        bench.compute(ops.mul_mat_id(bench.ctx, experts, b, ids))
