@@ -21,7 +21,12 @@ MIB = 2**20
 
 def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("bench", parents=[common], help="measure speed, swaps and memory")
+    parser = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="measure speed, swaps and memory",
+        description="Measure prompt and generation speed of every task, the cost of a swap, and memory.",
+    )
     add_host_options(parser)
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="prompt tokens (%(default)s)")
     parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="generated tokens (%(default)s)")

@@ -8,7 +8,12 @@ import json
 
 def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("info", parents=[common], help="show versions, backends and devices")
+    parser = commands.add_parser(
+        "info",
+        parents=[common],
+        help="show versions, backends and devices",
+        description="Show what this installation was built from and what it can run on.",
+    )
     parser.set_defaults(run=run)
 
 

@@ -14,7 +14,7 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="say what GGUF files are",
         description="Tell foundations, adaptors and models apart, from their headers.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="GGUF files of any kind")
     parser.set_defaults(run=run)
 
 
@@ -35,7 +35,14 @@ def run(args: argparse.Namespace) -> int:
     from pyggml_adapt.cli.console import tables
 
     table = Table(
-        Column("file", overflow="fold"), "kind", "task", "architecture", "tensors", "bytes", "types", "foundation id"
+        Column("file", overflow="fold", min_width=32),
+        "kind",
+        "task",
+        "architecture",
+        "tensors",
+        "bytes",
+        "types",
+        "foundation id",
     )
     for info in found:
         kind = f"{info.kind} ({info.layout})" if info.layout else info.kind

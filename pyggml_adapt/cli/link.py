@@ -14,8 +14,8 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="make links by which llama.cpp loads a foundation and an adaptor",
         description="Make symbolic links to an adaptor and its foundation, named as the two shards of one model.",
     )
-    parser.add_argument("foundation", metavar="FOUNDATION")
-    parser.add_argument("adaptor", metavar="ADAPTOR")
+    parser.add_argument("foundation", metavar="FOUNDATION", help="the foundation")
+    parser.add_argument("adaptor", metavar="ADAPTOR", help="the adaptor of the model to run")
     parser.add_argument("-d", "--directory", required=True, metavar="DIR", help="where the links go")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)

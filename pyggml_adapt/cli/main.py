@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all sub-commands."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    common.add_argument("--verbose", action="store_true", help="log what happens, and show tracebacks")
+    common.add_argument("--verbose", action="store_true", help="show ggml's log and ours, and tracebacks")
     top = argparse.ArgumentParser("pyggml-adapt", description="Many fine-tuned models from one shared foundation.")
     top.add_argument("--version", action="version", version=f"pyggml-adapt {version('pyggml_adapt')}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -48,5 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Error, OSError, MemoryError) as error:
         if args.verbose:
             raise
-        print(f"pyggml-adapt: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"pyggml-adapt: error: {describe(error)}", file=sys.stderr)
         return FAILED
+
+
+def describe(error: Exception) -> str:
+    """Return one sentence about an error; one of the system's own that names no file came from writing the output."""
+    if isinstance(error, OSError) and not isinstance(error, Error) and error.filename is None:
+        return f"the output cannot be written: {error.strerror or error}"
+    return str(error) or type(error).__name__

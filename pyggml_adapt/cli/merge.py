@@ -14,8 +14,8 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="write the model again that an adaptor was split from",
         description="Write the whole model of a foundation and an adaptor, byte-identical to the one that was split.",
     )
-    parser.add_argument("foundation", metavar="FOUNDATION")
-    parser.add_argument("adaptor", metavar="ADAPTOR")
+    parser.add_argument("foundation", metavar="FOUNDATION", help="the foundation")
+    parser.add_argument("adaptor", metavar="ADAPTOR", help="the adaptor of the model to give back")
     parser.add_argument("-o", "--output", required=True, metavar="PATH", help="the file to write")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.set_defaults(run=run)

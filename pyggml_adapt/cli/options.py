@@ -24,7 +24,7 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         dest="adaptors",
-        metavar="NAME=FILE",
+        metavar="NAME=PATH",
         help="an adaptor and its task's name; repeatable",
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all processors)")
@@ -54,7 +54,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="seed (default, and -1: another each time)")
 
 
-def named_paths(values: Sequence[str], flag: str) -> dict[str, str]:
+def named_paths(values: Sequence[str], flag: str = "") -> dict[str, str]:
     """Return name -> path of NAME=PATH values.
 
     Raises: ParameterError for a value without a name or a path, or a name given twice.
@@ -63,9 +63,9 @@ def named_paths(values: Sequence[str], flag: str) -> dict[str, str]:
     for value in values:
         name, separator, path = value.partition("=")
         if not (name and separator and path):
-            raise ParameterError(f"{flag} {value}: expected NAME=PATH")
+            raise ParameterError(f"{flag}{value!r}: expected NAME=PATH")
         if name in paths:
-            raise ParameterError(f"{flag} {value}: the name {name!r} is given twice")
+            raise ParameterError(f"{flag}{value!r}: the name {name!r} is given twice")
         paths[name] = path
     return paths
 
@@ -76,7 +76,7 @@ def open_host(args: argparse.Namespace) -> Host:
 
     return Host(
         args.model,
-        named_paths(args.adaptors, "-a"),
+        named_paths(args.adaptors, "-a "),
         n_threads=args.threads,
         n_gpu_layers=args.n_gpu_layers,
         n_batch=args.batch_size,

@@ -13,14 +13,24 @@ from pyggml_adapt.errors import FileAccessError, ParameterError
 
 def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("run", parents=[common], help="generate text with one task")
+    parser = commands.add_parser(
+        "run",
+        parents=[common],
+        help="generate text with one task",
+        description="Print the text that follows a prompt, as it is generated.",
+    )
     add_host_options(parser)
-    parser.add_argument("--task", metavar="NAME", help="the task (default: the first that is loaded)")
+    parser.add_argument("--task", metavar="NAME", help="the task; needed if several are loaded")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("-f", "--file", metavar="FILE", help="a file with the prompt, - for standard input")
     parser.add_argument(
-        "-n", "--predict", type=int, default=128, metavar="N", help="most tokens to generate (%(default)s)"
+        "-n",
+        "--predict",
+        type=int,
+        default=128,
+        metavar="N",
+        help="most tokens to generate, -1 for as many as fit (%(default)s)",
     )
     parser.add_argument(
         "-c",
@@ -40,11 +50,14 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with open_host(args) as host:
         load_ms = (time.perf_counter() - start) * 1e3
+        if args.task is None and len(host.tasks) > 1:
+            raise ParameterError(f"several tasks are loaded: name one with --task: {', '.join(host.tasks)}")
         swap = host.activate(args.task if args.task is not None else host.active)
         ids = host.tokenize(prompt, parse_special=True)
-        n_ctx = args.ctx_size or max(len(ids) + max(args.predict, 0), 1)
+        max_tokens = None if args.predict == -1 else args.predict
+        n_ctx = args.ctx_size or (None if max_tokens is None else len(ids) + max(max_tokens, 1))
         with host.session(swap.task, n_ctx=n_ctx) as session:
-            generation = session.generate(ids, max_tokens=args.predict, **sampling(args))
+            generation = session.generate(ids, max_tokens=max_tokens, **sampling(args))
             text = ""
             for piece in generation:
                 text += piece
@@ -82,6 +95,8 @@ def read_prompt(args: argparse.Namespace) -> str:
     Raises: ParameterError without any, or if it is not UTF-8; FileAccessError.
     """
     if args.prompt is not None:
+        if not args.prompt.isprintable() and any("\ud800" <= char <= "\udfff" for char in args.prompt):
+            raise ParameterError("-p: the prompt is not UTF-8")
         return args.prompt
     if args.file is None and sys.stdin.isatty():
         raise ParameterError("there is no prompt: use -p TEXT or -f FILE")
@@ -94,6 +109,6 @@ def read_prompt(args: argparse.Namespace) -> str:
                 data = file.read()
         return data.decode("utf-8")
     except OSError as error:
-        raise FileAccessError(f"{name}: {error.strerror}") from error
+        raise FileAccessError.of(name, error) from error
     except UnicodeDecodeError as error:
         raise ParameterError(f"{name}: the prompt is not UTF-8 at byte {error.start}") from error

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from pyggml_adapt.cli.options import named_paths
     from pyggml_adapt.tools import split
 
-    models = named_paths(args.models, "split")
+    models = named_paths(args.models)
     with progress_bar() as progress:
         report = split(
             models, args.out_dir, prefix=args.prefix, foundation=args.foundation, task_tensors=args.task_tensors,

@@ -14,8 +14,8 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="check that files belong together and are undamaged",
         description="Check that the adaptors belong to the foundation, and hash every tensor of all of them.",
     )
-    parser.add_argument("foundation", metavar="FOUNDATION")
-    parser.add_argument("adaptors", nargs="*", metavar="ADAPTOR")
+    parser.add_argument("foundation", metavar="FOUNDATION", help="the foundation")
+    parser.add_argument("adaptors", nargs="*", metavar="ADAPTOR", help="its adaptors")
     parser.set_defaults(run=run)
 
 

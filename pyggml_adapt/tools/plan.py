@@ -45,7 +45,8 @@ class FileReport:
 class SplitReport:
     """What split did.
 
-    source_nbytes: of all models.  written_nbytes: of all files written, so without an overlay's foundation.
+    source_nbytes: of all models, an overlay's foundation included.  written_nbytes: of all files written, so without
+    an overlay's foundation.
     hints: sentences on how more could be shared.
     """
 
@@ -201,7 +202,7 @@ def _cheaper_overlay(models: Models, reports: Sequence[TensorReport]) -> tuple[s
         return ()
     return (
         f"with the model of {best!r} as an existing foundation (--foundation), the tensors of all files would take "
-        f"{costs[best]} bytes instead of {now}; llama.cpp cannot load adaptors of that kind",
+        f"{costs[best] / 1e6:.1f} MB instead of {now / 1e6:.1f} MB; llama.cpp cannot load adaptors of that kind",
     )
 
 

@@ -49,7 +49,9 @@ def split(
         sources = {task: stack.enter_context(Source(path)) for task, path in models.items()}
         base = stack.enter_context(Source(foundation)) if foundation is not None else None
         if base is not None and base.is_sharded:
-            raise ParameterError(f"{base.path}: a foundation must be one file; merge its shards first")
+            raise ParameterError(
+                f"{base.path}: a foundation must be one file; llama.cpp's gguf-split --merge joins shards"
+            )
         readers = [reader for source in (*sources.values(), *([base] if base else [])) for reader in source.readers]
         check_outputs(outputs, readers, force or dry_run)
         job = _Job(sources, base, paths, base_path, prefix)
@@ -151,11 +153,19 @@ class _Job:
             adaptor_files=adaptors,
             tensors=self.decided.tensors,
             hints=self.decided.hints,
-            source_nbytes=sum(source.nbytes for source in self.sources.values()),
+            source_nbytes=self._source_nbytes(),
             written_nbytes=sum(self.nbytes.values()),
             layout=COMPLEMENT if self.base is None else OVERLAY,
             dry_run=dry_run,
         )
+
+    def _source_nbytes(self) -> int:
+        """Return the bytes of all models; an overlay's foundation counts too, unless it is also given as a task."""
+        nbytes = sum(source.nbytes for source in self.sources.values())
+        if self.base is None:
+            return nbytes
+        given = any(os.path.samefile(self.base.path, source.path) for source in self.sources.values())
+        return nbytes if given else nbytes + self.base.nbytes
 
 
 def _write_tensors(file: AtomicFile, writer: GGUFWriter, source: Source, tick: Callable[[int], None]) -> None:

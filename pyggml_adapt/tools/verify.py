@@ -62,7 +62,8 @@ def _expected(base: GGUFReader, others: list[GGUFReader]) -> tuple[list[tuple[GG
         tasks.append(identity.task)
         _check_header(reader, source.header)
     if not shared and not others:
-        raise FileFormatError(f"a {kind(base)} carries no digests, so there is nothing to verify it by", path=base.path)
+        what = "name the foundation first, then its adaptors" if kind(base) == "adaptor" else "it carries no digests"
+        raise FileFormatError(f"nothing to verify this {kind(base)} by: {what}", path=base.path)
     return [(base, list(shared.values())), *todo], tasks
 
 

@@ -111,8 +111,8 @@ def test_inspect(out, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("models", "message"),
-    [(["code.gguf"], "split code.gguf: expected NAME=PATH"), (["code="], "split code=: expected NAME=PATH"),
-     (["=a"], "split =a: expected NAME=PATH"), (["a=x", "a=y"], "the name 'a' is given twice"),
+    [(["code.gguf"], "'code.gguf': expected NAME=PATH"), (["code="], "'code=': expected NAME=PATH"),
+     (["=a"], "'=a': expected NAME=PATH"), (["a=x", "a=y"], "the name 'a' is given twice"),
      (["a=x", "b=y"], "x: no such file or directory")],
 )  # fmt: skip
 def test_wrong_models_are_one_line(models, message, tmp_path, capsys):
