@@ -1,0 +1,75 @@
+"""Write docs/reference/cli.md from --help, and docs/reference/supported-architectures.md from the registry.
+
+Usage: python docs/gen_cli.py   (the package must be installed)
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+from pathlib import Path
+
+os.environ["COLUMNS"] = "100"  # argparse folds its help to this width
+
+from pyggml_adapt.cli.main import parser
+from pyggml_adapt.models import architectures, model_class
+
+HERE = Path(__file__).parent / "reference"
+CLI = """# Commands
+
+Written by `docs/gen_cli.py` from `--help`. Conventions that all commands share, such as exit statuses, are in the
+[guide](../guide/command-line.md).
+
+"""
+ARCHITECTURES = """# Supported architectures
+
+Written by `docs/gen_cli.py`. A model's architecture is its key `general.architecture`; `pyggml-adapt inspect` shows it.
+Files of any architecture can be split, merged, verified and linked; to run, it must be one of these.
+
+| architecture | models | source |
+| --- | --- | --- |
+"""
+LLAMA = """
+## Of `llama`
+
+- dense, and mixture of experts as Mixtral's; with and without biases; with an output head of its own or tied to
+  `token_embd`
+- grouped-query attention; RoPE with `rope_freqs`, linear and YaRN scaling
+- weights of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL and IQ4_XS, in any mixture
+- tokenizers: SentencePiece (`tokenizer.ggml.model` = `llama`) and byte-level BPE (`gpt2`) with the pre-tokenizer
+  `llama-bpe`; with another one a model runs on token ids
+
+A model that needs more, such as sizes that differ from layer to layer, is refused with the name of the key or tensor.
+"""
+
+
+def cli() -> str:
+    """Return the page of all commands."""
+    top = parser()
+    (commands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    page = CLI + f"```\n{top.format_help()}```\n"
+    for name, command in commands.choices.items():
+        page += f"\n## {name}\n\n```\n{command.format_help()}```\n"
+    return page
+
+
+def supported() -> str:
+    """Return the page of all architectures, from the first paragraph and the `Source:` line of each model file."""
+    page = ARCHITECTURES
+    for name in architectures():
+        doc = inspect.getmodule(model_class(name)).__doc__ or ""
+        first, _, rest = doc.strip().partition("\n")
+        source = rest.partition("Source:")[2].strip().replace("\n", " ")
+        page += f"| `{name}` | {first} | {source} |\n"
+    return page + LLAMA
+
+
+def main() -> None:
+    """Write both pages."""
+    (HERE / "cli.md").write_text(cli(), encoding="utf-8")
+    (HERE / "supported-architectures.md").write_text(supported(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
