@@ -109,13 +109,18 @@ class GraphBuilder:
     def qkv(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, K and V, each [n_embd_head, its number of heads, n_tokens]."""
         hp = self.hp
-        q = self.named(self.biased(self.mm(w.attn_q, cur), w.attn_q_b), "Qcur", il)
-        k = self.named(self.biased(self.mm(w.attn_k, cur), w.attn_k_b), "Kcur", il)
-        v = self.named(self.biased(self.mm(w.attn_v, cur), w.attn_v_b), "Vcur", il)
+        q = self._projected(w.attn_q, w.attn_q_b, cur, "Qcur", il)
+        k = self._projected(w.attn_k, w.attn_k_b, cur, "Kcur", il)
+        v = self._projected(w.attn_v, w.attn_v_b, cur, "Vcur", il)
         q = ops.reshape(self.ctx, q, hp.n_embd_head_k, hp.n_head, self.n_tokens)
         k = ops.reshape(self.ctx, k, hp.n_embd_head_k, hp.n_head_kv, self.n_tokens)
         v = ops.reshape(self.ctx, v, hp.n_embd_head_v, hp.n_head_kv, self.n_tokens)
-        return q, k, self.named(v, "Vcur", il)
+        return self.named(q, "Qcur", il), self.named(k, "Kcur", il), self.named(v, "Vcur", il)
+
+    def _projected(self, w: Tensor, bias: Tensor | None, cur: Tensor, name: str, il: int, biased: str = "") -> Tensor:
+        """Return w times cur, named, plus the bias if there is one, named `biased` or the same."""
+        cur = self.named(self.mm(w, cur), name, il)
+        return cur if bias is None else self.named(self.add(cur, bias), biased or name, il)
 
     def rope(self, cur: Tensor, rope_type: RopeType, freq_factors: Tensor | None) -> Tensor:
         """Return cur [n_embd_head, n_head, n_tokens] rotated by the positions of its tokens."""
@@ -156,7 +161,7 @@ class GraphBuilder:
         self.graph.expand(ops.set_rows(ctx, self.k_l[il], k, self.inputs.k_idxs))
         if self.inputs.v_trans:  # V is kept transposed: one element a row
             cache = ops.reshape(ctx, self.v_l[il], 1, math.prod(self.v_l[il].ne))
-            v = ops.reshape(ctx, v, 1, math.prod(v.ne))
+            v = ops.reshape(ctx, ops.reshape(ctx, v, self.hp.n_embd_v_gqa, n), 1, math.prod(v.ne))
         else:
             cache = self.v_l[il]
             v = ops.view(ctx, v, (self.hp.n_embd_v_gqa, n), (v.nb[2],))
@@ -212,10 +217,10 @@ class GraphBuilder:
 
     def ffn(self, cur: Tensor, w: LayerWeights, il: int) -> Tensor:
         """Return down(silu(gate(cur)) * up(cur)), [n_embd, n]."""
-        up = self.named(self.biased(self.mm(w.ffn_up, cur), w.ffn_up_b), "ffn_up", il)
-        gate = self.named(self.biased(self.mm(w.ffn_gate, cur), w.ffn_gate_b), "ffn_gate", il)
+        up = self._projected(w.ffn_up, w.ffn_up_b, cur, "ffn_up", il, "ffn_up_b")
+        gate = self._projected(w.ffn_gate, w.ffn_gate_b, cur, "ffn_gate", il, "ffn_gate_b")
         cur = self.named(ops.swiglu_split(self.ctx, gate, up), "ffn_swiglu", il)
-        return self.named(self.biased(self.mm(w.ffn_down, cur), w.ffn_down_b), "ffn_out", il)
+        return self.named(self._projected(w.ffn_down, w.ffn_down_b, cur, "ffn_down", il), "ffn_out", il)
 
     def moe_ffn(self, cur: Tensor, w: LayerWeights, il: int) -> Tensor:
         """Return the sum of the n_expert_used best experts' outputs, each weighted by its probability: [n_embd, n]."""
@@ -245,6 +250,7 @@ class GraphBuilder:
         weights = ops.get_rows(ctx, ops.reshape(ctx, probs, 1, n_expert, n), chosen)
         weights = ops.reshape(ctx, self.named(weights, "ffn_moe_weights", il), n_used, n)
         total = self.named(ops.sum_rows(ctx, weights), "ffn_moe_weights_sum", il)  # [1, n]
-        weights = ops.div(ctx, weights, ops.clamp(ctx, total, MIN_WEIGHTS_SUM))
+        total = self.named(ops.clamp(ctx, total, MIN_WEIGHTS_SUM), "ffn_moe_weights_sum_clamped", il)
+        weights = ops.div(ctx, weights, total)
         weights = ops.reshape(ctx, self.named(weights, "ffn_moe_weights_norm", il), 1, n_used, n)
         return chosen, self.graph.expand(weights)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from pyggml_adapt.errors import ModelError
-from pyggml_adapt.ggml import RopeType, Tensor
+from pyggml_adapt.ggml import RopeType, Tensor, Type
 from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
 from pyggml_adapt.models.hparams import HParams
 
-Shape = tuple[int, int, int, int]
+_FLOATS = (Type.F32, Type.F16, Type.BF16)
+_NO_WEIGHTS = ("Q8_1", "Q8_K")  # of activations inside matmul
 
 
 class TensorSpec(NamedTuple):
@@ -56,19 +57,18 @@ class Model:
             for name, ne, required in layer:
                 yield TensorSpec(f"blk.{il}.{name}", ne, required)
 
-    def check_tensors(self, found: Mapping[str, Shape], where: str) -> None:
-        """Raise ModelError naming the first tensor that is missing, mis-shaped or unknown among name -> ne `found`."""
+    def check_tensors(self, found: Mapping[str, Tensor]) -> None:
+        """Raise ModelError naming the first tensor that is missing, mis-shaped, of a wrong type, or unknown."""
         known = set()
-        for name, ne, required in self.all_tensors():
-            known.add(name)
-            if name not in found:
-                if required:
-                    raise ModelError(f"{where}: tensor {name} is missing")
-            elif found[name] != ne + (1,) * (4 - len(ne)):
-                raise ModelError(f"{where}: tensor {name} has shape {list(found[name])}, not {list(ne)}")
+        for spec in self.all_tensors():
+            known.add(spec.name)
+            if spec.name in found:
+                _check_tensor(spec, found[spec.name])
+            elif spec.required:
+                raise ModelError(f"tensor {spec.name} is missing")
         for name in found:
             if name not in known:
-                raise ModelError(f"{where}: tensor {name} is not one that architecture {self.arch} has")
+                raise ModelError(f"tensor {name} is not one that architecture {self.arch} has")
 
     def build(self, g: GraphBuilder, w: Weights) -> Tensor | None:
         """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs."""
@@ -84,6 +84,16 @@ class Model:
     def build_layer(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor | None:
         """Return the output of layer il, [n_embd, n_tokens]; of the last layer, only the rows wanted, None if none."""
         raise NotImplementedError
+
+
+def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
+    """Raise ModelError unless ggml can compute with the tensor: it ends the process on a vector that is not F32."""
+    if tensor.ne != spec.ne + (1,) * (4 - len(spec.ne)):
+        raise ModelError(f"tensor {spec.name} has shape {list(tensor.ne)}, not {list(spec.ne)}")
+    if len(spec.ne) == 1 and tensor.type != Type.F32:
+        raise ModelError(f"tensor {spec.name} has type {tensor.type.name}, not F32")
+    if tensor.type.name in _NO_WEIGHTS or not (tensor.type.is_quantized or tensor.type in _FLOATS):
+        raise ModelError(f"tensor {spec.name} has type {tensor.type.name}, which weights cannot have")
 
 
 M = TypeVar("M", bound=type[Model])

@@ -18,9 +18,13 @@ class Llama(Model):
     def check_hparams(self) -> None:
         hp = self.hp
         if hp.n_embd_head_k != hp.n_embd_head_v:
-            raise ModelError(f"llama.attention.value_length = {hp.n_embd_head_v} is not key_length {hp.n_embd_head_k}")
+            raise ModelError(
+                f"{hp.arch}.attention.value_length = {hp.n_embd_head_v} is not key_length {hp.n_embd_head_k}"
+            )
         if hp.n_rot != hp.n_embd_head_k or hp.n_rot % 2:
-            raise ModelError(f"llama.rope.dimension_count = {hp.n_rot} is not the head size {hp.n_embd_head_k}, or odd")
+            raise ModelError(
+                f"{hp.arch}.rope.dimension_count = {hp.n_rot} is not the head size {hp.n_embd_head_k}, or odd"
+            )
 
     def tensors(self) -> Iterator[TensorSpec]:
         yield from super().tensors()

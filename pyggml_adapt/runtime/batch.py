@@ -33,17 +33,19 @@ def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> np.ndarray:
 
     Raises: TokenError if there are none or one is not from 0 to n_vocab - 1, naming it.
     """
+    if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < n_vocab:
+        return np.array(ids, dtype=np.int32)  # one more token: the case whose microseconds count
     try:
         tokens = np.asarray(ids)
-        if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+        if tokens.size and tokens.dtype.kind not in "iu":
             raise TypeError
     except (TypeError, ValueError, OverflowError):
         raise TokenError(f"token ids must be a flat sequence of whole numbers, not {ids!r:.60}") from None
     if tokens.ndim != 1 or tokens.size == 0:
         raise TokenError("there are no tokens to evaluate" if tokens.size == 0 else "token ids must be a flat sequence")
-    bad = np.flatnonzero((tokens < 0) | (tokens >= n_vocab))
-    if bad.size:
-        raise TokenError(f"token id {tokens[bad[0]]} at position {bad[0]} is not from 0 to {n_vocab - 1}")
+    if tokens.min() < 0 or tokens.max() >= n_vocab:
+        bad = np.flatnonzero((tokens < 0) | (tokens >= n_vocab))[0]
+        raise TokenError(f"token id {tokens[bad]} at position {bad} is not from 0 to {n_vocab - 1}")
     return np.ascontiguousarray(tokens, dtype=np.int32)
 
 
@@ -55,15 +57,13 @@ def split(
     Only the last token has an output unless all_logits.
     """
     n_tokens = len(tokens)
-    starts = [
-        start
-        for batch in range(0, n_tokens, n_batch)
-        for start in range(batch, min(batch + n_batch, n_tokens), n_ubatch)
-    ]
-    for start, end in zip(starts, [*starts[1:], n_tokens], strict=True):
-        pos = np.arange(n_past + start, n_past + end, dtype=np.int32)
-        if all_logits:
-            out_ids = np.arange(end - start, dtype=np.int32)
-        else:
-            out_ids = np.array([end - start - 1] if end == n_tokens else [], dtype=np.int32)
-        yield tokens[start:end], pos, out_ids
+    for batch in range(0, n_tokens, n_batch):
+        batch_end = min(batch + n_batch, n_tokens)
+        for start in range(batch, batch_end, n_ubatch):
+            end = min(start + n_ubatch, batch_end)
+            pos = np.arange(n_past + start, n_past + end, dtype=np.int32)
+            if all_logits:
+                out_ids = np.arange(end - start, dtype=np.int32)
+            else:
+                out_ids = np.array([end - start - 1] if end == n_tokens else [], dtype=np.int32)
+            yield tokens[start:end], pos, out_ids

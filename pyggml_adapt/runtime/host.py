@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
-from pyggml_adapt.errors import AdaptorError, BackendError, ClosedError, ParameterError, StrPath
+from pyggml_adapt.errors import (
+    AdaptorError,
+    BackendError,
+    ClosedError,
+    ModelError,
+    ParameterError,
+    StrPath,
+    TokenizerError,
+)
 from pyggml_adapt.ggml import Device, DeviceType, Type
+from pyggml_adapt.ggml.backend import MAX_THREADS
 from pyggml_adapt.models import HParams, Model, model_class
 from pyggml_adapt.runtime.engine import Engine
 from pyggml_adapt.runtime.kv_cache import KVCache
@@ -19,6 +30,9 @@ from pyggml_adapt.text import Tokenizer
 from pyggml_adapt.weights.adaptor import Adaptor
 from pyggml_adapt.weights.foundation import Foundation
 from pyggml_adapt.weights.store import BASE, Location, TaskWeights, WeightStore
+
+_logger = logging.getLogger(__name__)
+MAX_COUNT = 1 << 24  # of tokens in a context or a batch
 
 
 class Swap(NamedTuple):
@@ -36,11 +50,14 @@ class _Task:
         self.weights = weights
         metadata = weights.file.metadata
         arch = metadata.get("general.architecture")
-        cls = model_class(arch if isinstance(arch, str) else "")
         embd = weights.tensors.get("token_embd.weight")
-        hp = HParams.from_gguf(metadata, 1 if embd is None else embd.ne[1])
-        self.model: Model = cls(hp)
-        self.model.check_tensors({name: tensor.ne for name, tensor in weights.tensors.items()}, weights.file.path)
+        try:
+            cls = model_class(arch if isinstance(arch, str) else "")
+            hp = HParams.from_gguf(metadata, 1 if embd is None else embd.ne[1])
+            self.model: Model = cls(hp)
+            self.model.check_tensors(weights.tensors)
+        except ModelError as error:
+            raise ModelError(f"{weights.file.path}: {error}") from None
         self.n_sessions = 0
         self._tokenizer: Tokenizer | None = None
 
@@ -80,10 +97,10 @@ class Host:
         use_mlock: bool = False,
     ):
         _check_gpu(n_gpu_layers)
-        for name, value in (("n_batch", n_batch), ("n_ubatch", n_ubatch)):
-            if value < 1:
-                raise ParameterError(f"{name} = {value} is not positive")
-        self.n_batch, self.n_ubatch = n_batch, n_ubatch
+        if adaptors is not None and not isinstance(adaptors, Mapping):
+            raise ParameterError(f"adaptors must map task names to paths, not be a {type(adaptors).__name__}")
+        self.n_batch, self.n_ubatch = _count("n_batch", n_batch), _count("n_ubatch", n_ubatch)
+        n_threads = None if n_threads is None else _count("n_threads", n_threads, most=MAX_THREADS)
         self._type_k, self._type_v = _cache_type("type_k", type_k), _cache_type("type_v", type_v)
         self._files = {"use_mmap": use_mmap, "use_mlock": use_mlock}
         self._lock = threading.RLock()
@@ -105,6 +122,7 @@ class Host:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Return the names of the loaded tasks."""
+        self._check_open()
         return self._store.tasks
 
     @property
@@ -115,7 +133,7 @@ class Host:
         """
         if self._active is None and not self._store.tasks:
             raise AdaptorError(
-                "no task is loaded: the foundation is not complete by itself, and there is no adaptor",
+                f"no task is loaded: {self._store.foundation.path} is not complete by itself, and there is no adaptor",
                 code="adaptor_not_found",
             )
         return self._active or self._store.tasks[0]
@@ -146,6 +164,7 @@ class Host:
     def _add(self, weights: TaskWeights) -> None:
         self._tasks[weights.task] = _Task(weights)
         self._store.add(weights)
+        _logger.info("loaded task %s: %d bytes of its own, %s", weights.task, weights.own_nbytes, weights.file.path)
 
     def unload_adaptor(self, task: str) -> None:
         """Forget a task and unmap its adaptor.
@@ -200,6 +219,8 @@ class Host:
 
         Raises: TokenizerError if the model has no tokenizer that is supported.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"only text can be tokenized, not {type(text).__name__}")
         return self._task(task).tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(self, ids: Sequence[int], *, task: str | None = None) -> str:
@@ -217,9 +238,9 @@ class Host:
         with self._lock:
             loaded = self._task(task)
             hp = loaded.model.hp
-            n_ctx = hp.n_ctx_train if n_ctx is None else n_ctx
-            if not 1 <= n_ctx <= 1 << 24:
-                raise ParameterError(f"n_ctx = {n_ctx} is not from 1 to {1 << 24}")
+            n_ctx = _count("n_ctx", min(hp.n_ctx_train, MAX_COUNT) if n_ctx is None else n_ctx)
+            if n_ctx > hp.n_ctx_train:
+                _logger.warning("n_ctx = %d: the model was trained on contexts of %d tokens", n_ctx, hp.n_ctx_train)
             cache = KVCache(hp, n_ctx, type_k=self._type_k, type_v=self._type_v, flash_attn=self._engine.flash_attn)
             session = TextSession(self, loaded, self._engine, cache)
             loaded.n_sessions += 1
@@ -231,19 +252,22 @@ class Host:
         prompt: str,
         *,
         task: str | None = None,
-        max_tokens: int = 128,
+        max_tokens: int | None = 128,
         n_ctx: int | None = None,
+        parse_special: bool = False,
         **sampling: object,
     ) -> str:
         """Return the text that follows `prompt`; sampling: fields of SamplerParams.
 
+        n_ctx: by default what prompt and max_tokens need.  The rest as in TextSession.generate().
         Raises: as session() and TextSession.generate().
         """
-        loaded = self._task(task)
-        if n_ctx is None:
-            n_ctx = max(len(loaded.tokenizer.encode(prompt)) + max(max_tokens, 0), 1)
-        with self.session(loaded.weights.task, n_ctx=n_ctx) as session:
-            return "".join(session.generate(prompt, max_tokens=max_tokens, **sampling))
+        task = self._task(task).weights.task
+        ids = self.tokenize(prompt, task=task, parse_special=parse_special)
+        if n_ctx is None and max_tokens is not None:
+            n_ctx = max(len(ids) + max(_count("max_tokens", max_tokens, least=0), 1), 1)
+        with self.session(task, n_ctx=n_ctx) as session:
+            return "".join(session.generate(ids, max_tokens=max_tokens, **sampling))
 
     def _task(self, task: str | None) -> _Task:
         self._check_open()
@@ -289,11 +313,17 @@ class TextSession(Session):
         self._task = task
 
     def generate(
-        self, prompt: str | Sequence[int], *, max_tokens: int = 128, parse_special: bool = True, **sampling: object
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 128,
+        parse_special: bool = False,
+        **sampling: object,
     ) -> TextGeneration:
         """Return an iterator over pieces of the text that follows `prompt`; sampling: fields of SamplerParams.
 
         prompt: text, or token ids.  Special tokens (BOS) are added to text at the session's start only.
+        max_tokens: None for as many as fit.  parse_special: whether names of special tokens in the text mean these.
         Raises: ContextFullError at once if the prompt does not fit; ParameterError, TokenizerError, TokenError.
         """
         try:
@@ -349,6 +379,15 @@ class TextGeneration:
         return next(self._pieces)
 
 
+def _count(name: str, value: int, *, least: int = 1, most: int = MAX_COUNT) -> int:
+    """Return a parameter that counts something.  Raises: ParameterError naming it."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ParameterError(f"{name} = {value!r} is not a whole number")
+    if not least <= value <= most:
+        raise ParameterError(f"{name} = {value} is not from {least} to {most}")
+    return int(value)
+
+
 def _cache_type(name: str, value: str) -> Type:
     try:
         return Type[value.upper()]
@@ -358,9 +397,7 @@ def _cache_type(name: str, value: str) -> Type:
 
 def _check_gpu(n_gpu_layers: int) -> None:
     """Raise BackendError if layers are asked to be on a GPU: nothing falls back silently."""
-    if n_gpu_layers < 0:
-        raise ParameterError(f"n_gpu_layers = {n_gpu_layers} is negative")
-    if n_gpu_layers == 0:
+    if _count("n_gpu_layers", n_gpu_layers, least=0) == 0:
         return
     gpus = [device.name for device in Device.all() if device.type in (DeviceType.GPU, DeviceType.IGPU)]
     if not gpus:

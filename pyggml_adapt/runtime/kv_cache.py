@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 N_PAD = 256  # n_kv and n_cells are multiples of this, so that graphs are reused; llama.cpp's number
 N_SEQ_MAX = 64  # sequences of a cell are the bits of an uint64
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+_FIRST = np.ones(1, dtype=np.uint64)  # the bit of sequence 0
 
 
 class KVCache:
@@ -51,6 +52,9 @@ class KVCache:
         self.n_cells = _pad(n_ctx)
         self.pos = np.full(self.n_cells, -1, dtype=np.int32)  # -1: empty
         self.seqs = np.zeros(self.n_cells, dtype=np.uint64)  # bit s: belongs to sequence s
+        self._n_used = 0  # cells in use
+        self.used_max = 0  # cells up to the last one in use
+        self._in_order = n_seq_max == 1  # every cell in use has its index as its position
         self._allocate(hp)
 
     def _allocate(self, hp: HParams) -> None:
@@ -59,7 +63,7 @@ class KVCache:
         self._ctx = Context(Context.size_for(2 * hp.n_layer))
         try:
             memory = mmap.mmap(-1, self.nbytes)  # zeros, resident only where they are written
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise AllocError(
                 f"no memory for a KV cache of {self.nbytes} bytes: use a smaller n_ctx than {self.n_ctx}, "
                 f"or a smaller type"
@@ -84,17 +88,14 @@ class KVCache:
         """Return what a graph depends on: equal layouts share graphs."""
         return self.n_cells, int(self.type_k), int(self.type_v)
 
-    @property
-    def used_max(self) -> int:
-        """Return the number of cells up to the last one in use."""
-        used = np.flatnonzero(self.pos >= 0)
-        return int(used[-1]) + 1 if used.size else 0
-
     def find_slot(self, n_tokens: int) -> np.ndarray:
         """Return the first n_tokens empty cells, int64.
 
         Raises: ContextFullError.
         """
+        end = self.used_max + n_tokens
+        if self._n_used == self.used_max and end <= self.n_cells:  # no gaps: nothing to search
+            return np.arange(self.used_max, end, dtype=np.int64)
         free = np.flatnonzero(self.pos < 0)
         if free.size < n_tokens:
             raise ContextFullError(f"{n_tokens} more tokens do not fit: {free.size} of {self.n_cells} cells are free")
@@ -102,17 +103,31 @@ class KVCache:
 
     def n_kv(self, cells: np.ndarray) -> int:
         """Return how many cells, padded, a batch that writes `cells` must look at."""
-        return min(self.n_cells, _pad(max(self.used_max, int(cells.max()) + 1)))
+        return min(self.n_cells, _pad(max(self.used_max, int(cells[-1]) + 1)))
 
     def store(self, cells: np.ndarray, pos: np.ndarray, seq_id: np.ndarray) -> None:
-        """Mark cells as holding positions `pos` of sequences `seq_id`."""
+        """Mark empty cells, in ascending order, as holding positions `pos` of sequences `seq_id`."""
         self.pos[cells] = pos
-        self.seqs[cells] = np.left_shift(np.uint64(1), seq_id.astype(np.uint64))
+        self.seqs[cells] = self._bits(seq_id)
+        self._n_used += len(cells)
+        self.used_max = max(self.used_max, int(cells[-1]) + 1)
+        if self._in_order:
+            self._in_order = int(pos[0]) == int(cells[0]) and (len(pos) == 1 or np.array_equal(pos, cells))
+
+    def _bits(self, seq_id: np.ndarray) -> np.ndarray:
+        return _FIRST if self.n_seq_max == 1 else np.left_shift(_FIRST, seq_id.astype(np.uint64))
+
+    def _count(self) -> None:
+        used = np.flatnonzero(self.pos >= 0)
+        self._n_used = used.size
+        self.used_max = int(used[-1]) + 1 if used.size else 0
+        self._in_order = self.n_seq_max == 1 and np.array_equal(self.pos[used], used)
 
     def release(self, cells: np.ndarray) -> None:
         """Mark cells as empty."""
         self.pos[cells] = -1
         self.seqs[cells] = 0
+        self._count()
 
     def seq_rm(self, seq_id: int, p0: int = 0, p1: int | None = None) -> None:
         """Remove positions p0 to p1 - 1 (to the end if None) of a sequence."""
@@ -122,6 +137,7 @@ class KVCache:
             hit &= self.pos < p1
         self.seqs[hit] &= ~bit
         self.pos[self.seqs == 0] = -1
+        self._count()
 
     def seq_cp(self, source: int, target: int, p0: int = 0, p1: int | None = None) -> None:
         """Let sequence `target` share the cells of positions p0 to p1 - 1 of `source`; nothing is copied."""
@@ -132,9 +148,12 @@ class KVCache:
 
     def mask(self, pos: np.ndarray, seq_id: np.ndarray, n_kv: int) -> np.ndarray:
         """Return bool [n_tokens, n_kv]: each token sees the cells of its sequence up to its own position."""
-        bits = np.left_shift(np.uint64(1), seq_id.astype(np.uint64))
+        if self._in_order and len(pos) == 1 and self._n_used == self.used_max:  # decoding: spare it the searches
+            visible = np.zeros((1, n_kv), dtype=bool)
+            visible[0, : int(pos[0]) + 1] = True
+            return visible
         visible = self.pos[:n_kv] <= pos[:, None]
-        visible &= (self.seqs[:n_kv] & bits[:, None]) != 0
+        visible &= (self.seqs[:n_kv] & self._bits(seq_id)[:, None]) != 0
         return visible
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -32,17 +33,18 @@ class SamplerParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("temperature", 0.0, 1e4),
-            ("top_k", 0, 1 << 31),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repeat_penalty", 1e-4, 1e4),
-            ("repeat_last_n", -1, 1 << 31),
+        for name, kind, least, most in (
+            ("temperature", Real, 0, 10000),
+            ("top_k", Integral, 0, 1 << 30),
+            ("top_p", Real, 0, 1),
+            ("min_p", Real, 0, 1),
+            ("repeat_penalty", Real, 0.0001, 10000),
+            ("repeat_last_n", Integral, -1, 1 << 30),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-                raise ParameterError(f"{name} = {value!r} is not a number from {least:g} to {most:g}")
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+                what = "a number" if kind is Real else "a whole number"
+                raise ParameterError(f"{name} = {value!r} is not {what} from {least} to {most}")
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 64):
             raise ParameterError(f"seed = {self.seed!r} is not a whole number from 0 to 2**64 - 1")
 

@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
-from pyggml_adapt.errors import ClosedError, ContextFullError, ParameterError
+from pyggml_adapt.errors import BusyError, ClosedError, ContextFullError, ParameterError, TokenError
 from pyggml_adapt.models import Model
 from pyggml_adapt.runtime.batch import UBatch, as_tokens, split
 from pyggml_adapt.runtime.engine import Engine
@@ -56,6 +57,7 @@ class Session:
         self._n_evaluated = 0  # of the tokens: their K and V are in the cache; a token generated last is not yet
         self._dirty = False  # an evaluation did not finish: cells after the evaluated tokens may be in use
         self._closed = False
+        self._generation: Generation | None = None  # the one that may go on
         self._lock = threading.Lock()
 
     @property
@@ -87,8 +89,11 @@ class Session:
             self._check_open()
             self.check_fits(len(new))
             self._clean()
-            waiting = np.array(self._tokens[self._n_evaluated :], dtype=np.int32)
-            logits = self._evaluate(np.concatenate([waiting, new]), all_logits)
+            waiting = self._tokens[self._n_evaluated :]
+            if not waiting and not new.size:
+                raise TokenError("there is nothing to evaluate: the session was rewound or used since its last token")
+            tokens = np.concatenate([np.array(waiting, dtype=np.int32), new]) if waiting else new
+            logits = self._evaluate(tokens, all_logits)
             self._tokens.extend(new.tolist())
             self._n_evaluated = len(self._tokens)
             self._dirty = False
@@ -132,15 +137,21 @@ class Session:
             del self._tokens[n_past:]
 
     def generate_ids(
-        self, ids: Sequence[int] | np.ndarray, *, max_tokens: int, params: SamplerParams, stop_ids: Collection[int] = ()
+        self,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        max_tokens: int | None,
+        params: SamplerParams,
+        stop_ids: Collection[int] = (),
     ) -> Generation:
         """Return an iterator over the token ids that follow `ids`; it ends with the first of stop_ids.
 
+        max_tokens: None for as many as fit.
         Raises: as eval, at once.
         """
         self._check_open()
-        if max_tokens < 0:
-            raise ParameterError(f"max_tokens = {max_tokens} is negative")
+        if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 0):
+            raise ParameterError(f"max_tokens = {max_tokens!r} is neither None nor a whole number from 0 on")
         tokens = as_tokens(ids, self.n_vocab)
         self.check_fits(len(tokens))
         return Generation(self, tokens, max_tokens, params, stop_ids)
@@ -170,20 +181,26 @@ class Session:
 
 
 class Generation:
-    """Iterate over generated token ids; afterwards `finish_reason`, `tokens` and `timings` tell what happened.
+    """Iterate over generated token ids; one generation at a time goes on in a session.
 
+    Afterwards `finish_reason`, `tokens` and `timings` tell what happened.
     finish_reason: "stop" (an end-of-generation token), "length" (max_tokens, or the context is full), or None before
     the end.  tokens: the ids so far, without the one that stopped it.
     """
 
     def __init__(
-        self, session: Session, prompt: np.ndarray, max_tokens: int, params: SamplerParams, stop_ids: Collection[int]
+        self,
+        session: Session,
+        prompt: np.ndarray,
+        max_tokens: int | None,
+        params: SamplerParams,
+        stop_ids: Collection[int],
     ):
         self.session, self.params = session, params
         self.finish_reason: str | None = None
         self.tokens: list[int] = []
         self.timings = Timings()
-        self._steps = self._run(prompt, max_tokens, stop_ids)
+        self._steps = self._run(prompt, session.n_ctx if max_tokens is None else max_tokens, stop_ids)
 
     def __iter__(self) -> Iterator[int]:
         return self._steps
@@ -194,6 +211,7 @@ class Generation:
     def _run(self, prompt: np.ndarray, max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
         session, rng, timings = self.session, self.params.generator(), self.timings
         looks_back = self.params.repeat_penalty != 1.0
+        session._generation = self
         start = time.perf_counter()
         logits = session.eval(prompt)
         timings.prompt_n, timings.prompt_ms = len(prompt), (time.perf_counter() - start) * 1e3
@@ -202,6 +220,8 @@ class Generation:
                 self.finish_reason = "length"
                 return
             start = time.perf_counter()
+            if session._generation is not self:
+                raise BusyError("this generation cannot go on: another one has begun in its session")
             if self.tokens:
                 logits = session._advance(_NOTHING)
             token = sample(logits, self.params, session.tokens if looks_back else (), rng)

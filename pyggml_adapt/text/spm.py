@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -94,6 +95,7 @@ def _int(field: int, value: int) -> bytes:
     return _varint(field << 3) + _varint(value)
 
 
+@lru_cache(maxsize=1024)  # most are lengths of tokens, of which there are few
 def _varint(value: int) -> bytes:
     out = bytearray()
     while value >= 0x80:

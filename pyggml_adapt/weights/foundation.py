@@ -17,7 +17,7 @@ class Foundation(MappedFile):
         found = kind(self.reader)
         if found not in ("foundation", "model"):
             raise AdaptorError(
-                f"{self.reader.path}: not a foundation or a complete model, but a {found}",
+                f"{self.reader.path}: not a foundation or a complete model, but of the kind {found!r}",
                 code="adaptor_invalid",
             )
         if found == "model" and self.reader.metadata.get("split.count", 1) != 1:

@@ -1,0 +1,101 @@
+"""Inputs: what is written into a graph before each computation."""
+
+import numpy as np
+import pytest
+
+from pyggml_adapt.ggml import Context, Type
+from pyggml_adapt.ggml.backend import Buffer, Device
+from pyggml_adapt.graph.inputs import Inputs, hadamard, hadamard_sizes
+
+
+class Batch:
+    tokens = np.array([5, 6], np.int32)
+    pos = np.array([8, 9], np.int32)
+    cells = np.array([3, 1], np.int64)
+    out_ids = np.array([1], np.int32)
+
+    def mask(self, n_kv):
+        mask = np.zeros((2, n_kv), bool)
+        mask[0, 3] = mask[1, 1] = mask[1, 3] = True
+        return mask
+
+
+def filled(flash_attn, *, with_mask=True, **rotations):
+    ctx = Context(Context.size_for(32))
+    inputs = Inputs(ctx, n_tokens=2, n_outputs=1, n_kv=4, n_cells=4, n_embd_v_gqa=3, flash_attn=flash_attn, **rotations)
+    names = ("tokens", "pos", "k_idxs", "v_idxs", "out_ids", "k_rot", "v_rot", *(["kq_mask"] if with_mask else []))
+    tensors = [getattr(inputs, name) for name in names if getattr(inputs, name) is not None]
+    buffer = Buffer.allocate(Device.cpu().buffer_type, 1 << 20)
+    for i, tensor in enumerate(tensors):
+        buffer.place(tensor, i << 16)
+    inputs.fill_constants()
+    inputs.fill(Batch())
+    return inputs
+
+
+def test_flash_attention():
+    inputs = filled(True)
+    assert inputs.tokens.to_numpy().tolist() == [5, 6]
+    assert inputs.pos.to_numpy().tolist() == [8, 9]
+    assert inputs.k_idxs.to_numpy().tolist() == inputs.v_idxs.to_numpy().tolist() == [3, 1]
+    assert inputs.out_ids.to_numpy().tolist() == [1]
+    assert inputs.kq_mask.type == Type.F16
+    inf = -np.inf
+    assert inputs.kq_mask.to_numpy().tolist() == [[inf, inf, inf, 0.0], [inf, 0.0, inf, 0.0]]
+
+
+def test_v_is_transposed_without_flash_attention():
+    inputs = filled(False)
+    assert inputs.kq_mask.type == Type.F32
+    assert inputs.v_idxs.to_numpy().tolist() == [3, 7, 11, 1, 5, 9]  # cell + element * n_cells
+
+
+def test_no_outputs():
+    ctx = Context(Context.size_for(32))
+    inputs = Inputs(ctx, n_tokens=2, n_outputs=0, n_kv=4, n_cells=4, n_embd_v_gqa=3, flash_attn=True)
+    assert inputs.out_ids is None
+
+
+def test_a_mask_that_no_node_uses_is_not_written():
+    assert not filled(True, with_mask=False).kq_mask.is_allocated
+
+
+def test_names():
+    inputs = filled(True, k_rot=64, v_rot=64)
+    names = [getattr(inputs, name).name for name in ("tokens", "pos", "k_idxs", "v_idxs", "kq_mask", "k_rot", "v_rot")]
+    assert names == [
+        "inp_tokens",
+        "inp_pos",
+        "attn_inp_k_idxs",
+        "attn_inp_v_idxs",
+        "attn_inp_kq_mask",
+        "attn_inp_k_rot",
+        "attn_inp_v_rot",
+    ]
+
+
+def test_constants():
+    inputs = filled(True, k_rot=128, v_rot=64)
+    np.testing.assert_array_equal(inputs.k_rot.to_numpy(), hadamard(128))
+    np.testing.assert_array_equal(inputs.v_rot.to_numpy(), hadamard(64))
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 256])
+def test_hadamard(n):
+    matrix = hadamard(n)
+    assert (matrix.dtype, matrix.shape) == (np.float32, (n, n))
+    np.testing.assert_allclose(matrix @ matrix, np.eye(n), atol=1e-6)
+    np.testing.assert_array_equal(matrix, matrix.T)
+
+
+@pytest.mark.parametrize(("type_k", "type_v", "n_k", "n_v", "sizes"), [
+    ("F16", "F16", 128, 128, (0, 0)),
+    ("Q8_0", "F16", 128, 128, (128, 0)),
+    ("F16", "Q4_0", 128, 128, (0, 64)),
+    ("Q8_0", "Q8_0", 64, 64, (64, 64)),
+    ("Q8_0", "Q8_0", 32, 32, (0, 0)),
+    ("Q8_0", "Q8_0", 192, 96, (64, 0)),
+    ("Q4_0", "BF16", 256, 256, (256, 0)),
+])  # fmt: skip
+def test_sizes_of_rotations(type_k, type_v, n_k, n_v, sizes):
+    assert hadamard_sizes(Type[type_k], Type[type_v], n_k, n_v) == sizes

@@ -1,0 +1,124 @@
+"""llama.cpp, through llama-cpp-python's low-level functions: what our results are compared with."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp as lib
+import numpy as np
+
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
+
+
+@lib.llama_log_callback
+def _quiet(level: int, text: bytes, user_data: object) -> None:
+    pass
+
+
+lib.llama_log_set(_quiet, ctypes.c_void_p(0))
+lib.llama_backend_init()
+
+
+class Reference:
+    """One model with one context; weights are used where the file is mapped, as ours are.
+
+    path: a file, or the files of a shard set in their order.  params: more fields of llama_context_params.
+    """
+
+    def __init__(
+        self,
+        path: Path | Sequence[Path],
+        *,
+        n_ctx: int = 512,
+        n_threads: int = 2,
+        flash_attn: bool = True,
+        type_k: str = "F16",
+        type_v: str = "F16",
+        **params: object,
+    ):
+        self.model = _load([path] if isinstance(path, Path) else path)
+        self.n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        self.n_past = 0
+        fields = lib.llama_context_default_params()
+        params |= {"n_ctx": n_ctx, "n_batch": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads}
+        params |= {"flash_attn_type": int(flash_attn), "type_k": TYPES[type_k], "type_v": TYPES[type_v]}
+        for name, value in {**params, "kv_unified": True}.items():
+            setattr(fields, name, value)
+        self.ctx = lib.llama_init_from_model(self.model, fields)
+        if not self.ctx:
+            raise RuntimeError("llama.cpp makes no context")
+
+    def eval(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """Append tokens to sequence 0 and return the logits of the last, or of all."""
+        n = len(ids)
+        pos = range(self.n_past, self.n_past + n)
+        rows = self.decode(ids, pos, [0] * n, range(n) if all_logits else [n - 1])
+        self.n_past += n
+        return rows if all_logits else rows[0]
+
+    def decode(
+        self, ids: Sequence[int], pos: Sequence[int], seq_id: Sequence[int], out_ids: Sequence[int]
+    ) -> np.ndarray:
+        """Evaluate one batch and return the logits of the tokens out_ids, F32 [n_outputs, n_vocab]."""
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, pos[i], 1
+            batch.seq_id[i][0], batch.logits[i] = seq_id[i], i in out_ids
+        status = lib.llama_decode(self.ctx, batch)
+        lib.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode: {status}")
+        rows = [np.ctypeslib.as_array(lib.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)) for i in out_ids]
+        return np.array(rows)
+
+    def rewind(self, n_past: int) -> None:
+        """Forget the tokens of sequence 0 after the first n_past."""
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self.ctx), 0, n_past, -1)
+        self.n_past = n_past
+
+    def close(self) -> None:
+        """Free context and model."""
+        lib.llama_free(self.ctx)
+        lib.llama_model_free(self.model)
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _load(paths: Sequence[Path]) -> object:
+    params = lib.llama_model_default_params()
+    params.use_extra_bufts = False  # no repacking: the kernels on the types as they are in the file
+    names = [str(path).encode() for path in paths]
+    if len(names) == 1:
+        model = lib.llama_model_load_from_file(names[0], params)
+    else:
+        model = lib.llama_model_load_from_splits((ctypes.c_char_p * len(names))(*names), len(names), params)
+    if not model:
+        raise RuntimeError(f"llama.cpp does not load {paths}")
+    return model
+
+
+def sampler_candidates(
+    logits: np.ndarray, *, top_k: int, top_p: float, min_p: float, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, probabilities) that llama.cpp's samplers leave, most probable first."""
+    n = len(logits)
+    data = (lib.llama_token_data * n)(*((i, float(logit), 0.0) for i, logit in enumerate(logits)))
+    array = lib.llama_token_data_array(data, n, -1, False)
+    samplers = [lib.llama_sampler_init_top_k(top_k)] if top_k else []
+    if top_p < 1.0:
+        samplers.append(lib.llama_sampler_init_top_p(top_p, 1))
+    if min_p > 0.0:
+        samplers.append(lib.llama_sampler_init_min_p(min_p, 1))
+    samplers += [lib.llama_sampler_init_temp(temperature), lib.llama_sampler_init_dist(1)]
+    for sampler in samplers:
+        lib.llama_sampler_apply(sampler, ctypes.byref(array))
+        lib.llama_sampler_free(sampler)
+    left = sorted((-array.data[i].p, array.data[i].id) for i in range(array.size))
+    return np.array([id for _, id in left]), np.array([-p for p, _ in left])
