@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from pyggml_adapt import _build
 from pyggml_adapt.ggml import Device, ggml_version
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """Return the versions, compiler, backends compiled in, and devices present.
 
     devices: for each, its name, description, type, backend, memory_free and memory_total in bytes.
@@ -27,7 +28,7 @@ def build_info() -> dict[str, object]:
     }
 
 
-def _describe(device: Device) -> dict[str, object]:
+def _describe(device: Device) -> dict[str, Any]:
     free, total = device.memory
     return {
         "name": device.name,

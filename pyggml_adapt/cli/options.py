@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyggml_adapt.errors import ParameterError
 
@@ -89,7 +89,7 @@ def open_host(args: argparse.Namespace) -> Host:
     )
 
 
-def sampling(args: argparse.Namespace) -> dict[str, object]:
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of SamplerParams that the options describe."""
     return {
         "temperature": args.temp,

@@ -24,7 +24,6 @@ import numpy as np
 from pyggml_adapt.errors import (
     AllocError, ClosedError, FileAccessError, FileFormatError, ParameterError,
 )
-from pyggml_adapt.ggml import status  # noqa: F401  (sends ggml's log to `logging`)
 from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf_values import DTYPES as _DTYPES

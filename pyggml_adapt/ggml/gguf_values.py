@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pyggml_adapt.errors import ParameterError
 from pyggml_adapt.ggml.enums import Type
 
-DTYPES = {
+if TYPE_CHECKING:
+    from pyggml_adapt.ggml.gguf import GGUFReader
+
+DTYPES: dict[str, np.dtype[Any]] = {
     "u8": np.dtype("u1"),
     "i8": np.dtype("i1"),
     "u16": np.dtype("u2"),
@@ -35,35 +38,35 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
     @property
-    def n_dims(self):
+    def n_dims(self) -> int:
         """Return the number of dimensions, trailing ones left out; at least 1."""
         return max((i + 1 for i in range(4) if self.ne[i] > 1), default=1)
 
 
-class Metadata(Mapping):
+class Metadata(Mapping[str, Any]):
     """A GGUFReader's key-value pairs; values are converted when asked for, then kept by the reader."""
 
-    def __init__(self, reader, keys):
+    def __init__(self, reader: GGUFReader, keys: Mapping[str, int]):
         self._reader = reader
         self._keys = keys
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Any:
         return self._reader.value(key)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._keys)
 
-    def __contains__(self, key):
+    def __contains__(self, key: object) -> bool:
         return key in self._keys
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<metadata of {self._reader.path}: {len(self)} keys>"
 
 
-def text(value, what, may_be_empty=False):
+def text(value: object, what: str, may_be_empty: bool = False) -> bytes:
     """Return a str as bytes that gguf.h can take: it ends strings at NUL."""
     if not isinstance(value, str):
         raise ParameterError(f"{what}: a str is needed, not {value!r}")
@@ -73,7 +76,7 @@ def text(value, what, may_be_empty=False):
     return data
 
 
-def numbers(key, value, type):
+def numbers(key: str, value: Any, type: str) -> bytes:
     """Return the bytes of a number, or of a one-dimensional sequence of them, in the given type."""
     kind = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[DTYPES[type].kind]
     try:
@@ -89,8 +92,9 @@ def numbers(key, value, type):
         raise ParameterError(f"{key!r}: the value {value!r:.60} does not fit the type {type}") from None
 
 
-def buffers(data):
+def buffers(data: Any) -> Iterator[memoryview]:
     """Yield memoryviews of bytes from a buffer or an iterable of buffers."""
+    blocks: Iterable[Any]
     try:
         blocks = (memoryview(data),)
     except TypeError:

@@ -8,7 +8,9 @@ from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, count, reach, release
 from pyggml_adapt.ggml.status cimport check
 
-from pyggml_adapt.errors import AllocError, BackendError, BusyError, ClosedError, DTypeError, IndexRangeError, ShapeError
+from pyggml_adapt.errors import (
+    AllocError, BackendError, BusyError, ClosedError, DTypeError, IndexRangeError, ShapeError,
+)
 from pyggml_adapt.ggml.status import last_log
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Weights:
         """Return the weights whose names start blk.il."""
         return LayerWeights(self._slots, self._sources, f"blk.{il}.", self.model)
 
-    def __getattr__(self, attribute: str) -> Tensor | None:
+    def __getattr__(self, attribute: str) -> Any:
         is_bias = attribute.endswith("_b")
         name = f"{self._prefix}{attribute[:-2]}.bias" if is_bias else f"{self._prefix}{attribute}.weight"
         if name not in self._made:
@@ -103,7 +103,8 @@ class GraphBuilder:
         return self.graph.expand(cur)
 
     def output_rows(self, cur: Tensor) -> Tensor:
-        """Return the columns of cur [n, n_tokens] whose logits are wanted: [n, n_outputs]."""
+        """Return the columns of cur [n, n_tokens] whose logits are wanted: [n, n_outputs], which must not be 0."""
+        assert self.inputs.out_ids is not None  # for mypy: a layer without outputs ends before it comes here
         return ops.get_rows(self.ctx, cur, self.inputs.out_ids)
 
     def qkv(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,9 +74,10 @@ class Model:
         """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs."""
         cur = g.inp_embd(w.token_embd)
         for il in range(self.hp.n_layer):
-            cur = self.build_layer(g, w.layer(il), cur, il)
-            if cur is None:
+            out = self.build_layer(g, w.layer(il), cur, il)
+            if out is None:
                 return None
+            cur = out
         cur = g.named(g.norm(cur, w.output_norm), "result_norm")
         head = w.output if w.output is not None else w.token_embd
         return g.named(g.mm(head, cur), "result_output")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ class _Keys:
         return float(value)
 
 
-def _experts(keys: _Keys) -> dict[str, int]:
+def _experts(keys: _Keys) -> dict[str, Any]:
     n_expert = keys.count("expert_count", 0, least=0, most=MAX_EXPERTS)
     n_expert_used = keys.count("expert_used_count", 0, least=0, most=MAX_EXPERTS)
     if (n_expert > 0) != (n_expert_used > 0) or n_expert_used > n_expert:
@@ -137,7 +138,7 @@ def _experts(keys: _Keys) -> dict[str, int]:
     return {"n_expert": n_expert, "n_expert_used": n_expert_used}
 
 
-def _rope(keys: _Keys, n_ctx_train: int) -> dict[str, object]:
+def _rope(keys: _Keys, n_ctx_train: int) -> dict[str, Any]:
     """Return the rope parameters, with llama.cpp's defaults.
 
     Source: llama.cpp src/llama-model.cpp (load_hparams), src/llama-context.cpp (cparams).

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyggml_adapt.errors import (
     AdaptorError,
@@ -255,7 +255,7 @@ class Host:
         max_tokens: int | None = 128,
         n_ctx: int | None = None,
         parse_special: bool = False,
-        **sampling: object,
+        **sampling: Any,
     ) -> str:
         """Return the text that follows `prompt`; sampling: fields of SamplerParams.
 
@@ -318,7 +318,7 @@ class TextSession(Session):
         *,
         max_tokens: int | None = 128,
         parse_special: bool = False,
-        **sampling: object,
+        **sampling: Any,
     ) -> TextGeneration:
         """Return an iterator over pieces of the text that follows `prompt`; sampling: fields of SamplerParams.
 
@@ -327,7 +327,7 @@ class TextSession(Session):
         Raises: ContextFullError at once if the prompt does not fit; ParameterError, TokenizerError, TokenError.
         """
         try:
-            params = SamplerParams(**sampling)  # type: ignore[arg-type]
+            params = SamplerParams(**sampling)
         except TypeError:
             known = ", ".join(SamplerParams.__slots__)
             raise ParameterError(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -33,16 +34,17 @@ class SamplerParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind, least, most in (
+        limits: tuple[tuple[str, type[Any], float, float], ...] = (
             ("temperature", Real, 0, 10000),
             ("top_k", Integral, 0, 1 << 30),
             ("top_p", Real, 0, 1),
             ("min_p", Real, 0, 1),
             ("repeat_penalty", Real, 0.0001, 10000),
             ("repeat_last_n", Integral, -1, 1 << 30),
-        ):
+        )
+        for name, kind, least, most in limits:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= float(value) <= most:
                 what = "a number" if kind is Real else "a whole number"
                 raise ParameterError(f"{name} = {value!r} is not {what} from {least} to {most}")
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 64):

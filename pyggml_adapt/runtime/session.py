@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from pyggml_adapt.runtime.sampling import SamplerParams, sample
 from pyggml_adapt.weights.store import TaskWeights
 
 _NOTHING = np.empty(0, dtype=np.int32)
+
+S = TypeVar("S", bound="Session")
 
 
 @dataclass(slots=True)
@@ -170,7 +173,7 @@ class Session:
             self._closed = True
             self._on_close(self)
 
-    def __enter__(self) -> Session:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, *exc: object) -> None:

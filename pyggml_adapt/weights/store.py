@@ -63,10 +63,10 @@ class TaskWeights:
         """
         if name not in self.tensors:
             raise AdaptorError(f"task {self.task!r} has no tensor {name!r}", code="tensor_not_found")
-        own = self.adaptor is not None and name in self.adaptor.tensors
-        file = self.adaptor if own else self.foundation
         tensor = self.tensors[name]
-        return Location("adaptor" if own else "foundation", tensor.type.name, tensor.nbytes, file.path)
+        if self.adaptor is not None and name in self.adaptor.tensors:
+            return Location("adaptor", tensor.type.name, tensor.nbytes, self.adaptor.path)
+        return Location("foundation", tensor.type.name, tensor.nbytes, self.foundation.path)
 
 
 class WeightStore:

@@ -70,7 +70,7 @@ def test_spm_bytes():
 def test_spm_missing_byte():
     tok = spm({"▁": 0, "a": 0, "\n": 0}, bytes_=BYTES[:0x80])
     assert plain(tok, "a\n") == [b" ", b"a", b"\n"]
-    with pytest.raises(TokenizerError, match="^tokenizer.ggml.tokens has no token <0xC3>, which the text needs"):
+    with pytest.raises(TokenizerError, match=r"^tokenizer\.ggml\.tokens has no token <0xC3>, which the text needs"):
         tok.encode("aé")
 
 

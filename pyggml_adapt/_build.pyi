@@ -1,0 +1,3 @@
+GGML_COMMIT: str
+BUILD_TYPE: str
+COMPILER: str
