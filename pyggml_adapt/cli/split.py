@@ -64,8 +64,11 @@ def _show(report: SplitReport) -> None:
     console.print(_file_table(report))
     kept = report.foundation_file.nbytes + sum(file.nbytes for file in report.adaptor_files)
     percent = 100 * kept / report.source_nbytes
-    console.print(f"{len(report.adaptor_files)} models of {decimal(report.source_nbytes)} in all; foundation and "
-                  f"adaptors take {decimal(kept)}, {percent:.1f} % of that.", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"Full models: {decimal(report.source_nbytes)} in all. Foundation and adaptors: {decimal(kept)}, "
+        f"{percent:.1f} % of that.",
+        soft_wrap=True,
+    )
     for hint in report.hints:
         console.print(f"Hint: {hint}.", soft_wrap=True, markup=False)
     if report.dry_run:

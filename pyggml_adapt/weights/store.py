@@ -52,10 +52,6 @@ class TaskWeights:
             self._tables[names] = TensorTable([self.tensors[name] for name in names])
         return self._tables[names]
 
-    def owns(self, table: TensorTable) -> bool:
-        """Return whether `table` is one that table() returned."""
-        return any(table is known for known in self._tables.values())
-
     def where(self, name: str) -> Location:
         """Return where a tensor's bytes live.
 
