@@ -66,6 +66,33 @@ def test_mask(hp):
     assert not mask[:, 4:].any()
 
 
+@pytest.mark.parametrize(("steps", "seen"), [
+    ([[0, 1, 2]], [0, 1, 2]),           # in order: the mask needs no search
+    ([[0, 1, 2], [3], [4]], [0, 1, 2]),
+    ([[1, 0, 2]], [0, 1, 2]),
+    ([[0, 1], [3, 2]], [0, 1, 3]),
+    ([[5, 6, 1]], [2]),
+])  # fmt: skip
+def test_mask_of_one_token_of_one_sequence(hp, steps, seen):
+    cache = KVCache(hp, 20)
+    for pos in steps:
+        store(cache, pos, [0] * len(pos))
+    mask = cache.mask(np.array([2], np.int32), np.zeros(1, np.int64), 256)
+    assert (mask.shape, np.flatnonzero(mask).tolist()) == ((1, 256), seen)
+
+
+def test_mask_after_a_gap_and_after_it_was_filled(hp):
+    cache, pos, seq_id = KVCache(hp, 20), np.array([5], np.int32), np.zeros(1, np.int64)
+    store(cache, range(6), [0] * 6)
+    cache.seq_rm(0, 1, 3)
+    assert np.flatnonzero(cache.mask(pos, seq_id, 256)).tolist() == [0, 3, 4, 5]
+    assert store(cache, [7, 1], [0, 0]) == [1, 2]
+    assert np.flatnonzero(cache.mask(pos, seq_id, 256)).tolist() == [0, 2, 3, 4, 5]
+    cache.seq_rm(0)
+    assert store(cache, range(6), [0] * 6) == list(range(6))
+    assert np.flatnonzero(cache.mask(pos, seq_id, 256)).tolist() == list(range(6))
+
+
 def test_shared_cells(hp):
     cache = KVCache(hp, 20, n_seq_max=64)
     store(cache, [0, 1, 2], [0, 0, 0])

@@ -1,0 +1,211 @@
+"""The models that are measured: random weights in real shapes, quantised by ggml, and derivatives of them.
+
+Files are made once and kept in a folder; a second run finds them.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import pyggml_adapt as pga
+from pyggml_adapt.ggml import GGUFReader, Type, quantize
+from pyggml_adapt.ggml.gguf import GGUFWriter
+from pyggml_adapt.models import HParams, Model, model_class
+
+TASKS = ("code", "sum", "class", "chat")
+ROWS = 256  # of a tensor, that are made at a time
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one model, in the names of GGUF's keys."""
+
+    name: str
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_ff: int
+    n_vocab: int = 32000
+    n_ctx: int = 2048
+
+    def metadata(self) -> dict[str, tuple[object, str]]:
+        """Return the keys of the architecture, each with its value and GGUF type."""
+        counts = {
+            "block_count": self.n_layer,
+            "embedding_length": self.n_embd,
+            "feed_forward_length": self.n_ff,
+            "attention.head_count": self.n_head,
+            "attention.head_count_kv": self.n_head_kv,
+            "context_length": self.n_ctx,
+            "rope.dimension_count": self.n_embd // self.n_head,
+        }
+        keys: dict[str, tuple[object, str]] = {
+            "general.architecture": ("llama", "str"),
+            "general.name": (self.name, "str"),
+        }
+        keys |= {f"llama.{key}": (value, "u32") for key, value in counts.items()}
+        keys["llama.attention.layer_norm_rms_epsilon"] = (1e-5, "f32")
+        return keys
+
+    def model(self) -> Model:
+        """Return the model whose table of tensors is written."""
+        metadata = {key: value for key, (value, _) in self.metadata().items()}
+        return model_class("llama")(HParams.from_gguf(metadata, self.n_vocab))
+
+
+SMALL = Shape("0.1B", n_embd=768, n_layer=12, n_head=12, n_head_kv=4, n_ff=2048)
+LARGE = Shape("1.1B", n_embd=2048, n_layer=22, n_head=32, n_head_kv=4, n_ff=5632)  # TinyLlama's
+THIN = Shape("thin", n_embd=64, n_layer=22, n_head=2, n_head_kv=1, n_ff=64, n_vocab=512)  # next to nothing to compute
+SHAPES = {shape.name: shape for shape in (SMALL, LARGE, THIN)}
+TYPES = ("Q4_K_M", "Q8_0", "F16")
+
+
+def weights(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and ne of every tensor of a model without biases, with its own output head."""
+    for name, ne, required in shape.model().all_tensors():
+        if required or name == "output.weight":
+            yield name, ne
+
+
+def tensor_type(name: str, ne: tuple[int, ...], shape: Shape, mixture: str) -> Type:
+    """Return the type that llama.cpp's quantiser gives a tensor.
+
+    Source: llama.cpp src/llama-quant.cpp (llama_tensor_get_type_impl)
+    """
+    if len(ne) == 1:
+        return Type.F32
+    if mixture != "Q4_K_M":
+        return Type[mixture]
+    if name == "output.weight":
+        return Type.Q6_K
+    if name.endswith(("attn_v.weight", "ffn_down.weight")):
+        il, n = int(name.split(".")[1]), shape.n_layer
+        if il < n // 8 or il >= 7 * n // 8 or (il - n // 8) % 3 == 2:
+            return Type.Q6_K
+    return Type.Q4_K
+
+
+def is_own(name: str, shape: Shape) -> bool:
+    """Return whether a task's fine-tune changed the tensor: attention in the last half of the layers."""
+    parts = name.split(".")
+    return (
+        parts[0] == "blk"
+        and int(parts[1]) >= shape.n_layer // 2
+        and parts[2] in ("attn_q", "attn_k", "attn_v", "attn_output")
+    )
+
+
+def make_vocab(n_vocab: int) -> dict[str, tuple[object, str]]:
+    """Return the keys of a SentencePiece vocabulary: specials, bytes, letters, and pieces of two to four letters."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["\u2581", *letters, *(f"\u2581{letter}" for letter in letters)]
+    known = letters
+    while len(pieces) < n_vocab:
+        known = [piece + letter for piece in known for letter in letters]
+        pieces += known
+    n_pieces = n_vocab - 259
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces[:n_pieces]]
+    scores = [0.0] * 259 + [-float(i) for i in range(n_pieces)]
+    types = [2, 3, 3] + [6] * 256 + [1] * n_pieces
+    return {
+        "tokenizer.ggml.model": ("llama", "str"),
+        "tokenizer.ggml.pre": ("default", "str"),
+        "tokenizer.ggml.tokens": (tokens, "str"),
+        "tokenizer.ggml.scores": (scores, "f32"),
+        "tokenizer.ggml.token_type": (types, "i32"),
+        "tokenizer.ggml.bos_token_id": (1, "u32"),
+        "tokenizer.ggml.eos_token_id": (2, "u32"),
+        "tokenizer.ggml.unknown_token_id": (0, "u32"),
+    }
+
+
+def _random_rows(seed: tuple[int, ...], n_rows: int, ne0: int, type: Type) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((n_rows, ne0), dtype=np.float32)
+    rows *= np.float32(1 / np.sqrt(ne0))  # keeps activations at the size that they came in
+    return quantize(rows, type)
+
+
+def _random_tensor(
+    name: str, ne: tuple[int, ...], type: Type, task: str, pool: ThreadPoolExecutor
+) -> Iterator[np.ndarray]:
+    """Yield the bytes of a tensor in blocks; they depend on task, name and ne only."""
+    if len(ne) == 1:
+        yield np.ones(ne, dtype=np.float32)
+        return
+    seed = zlib.crc32(f"{task}/{name}".encode())
+    starts = range(0, ne[1], ROWS)
+    yield from pool.map(lambda start: _random_rows((seed, start), min(ROWS, ne[1] - start), ne[0], type), starts)
+
+
+def write_model(
+    path: Path, shape: Shape, mixture: str, task: str = "", source: Path | None = None, tick: Tick | None = None
+) -> None:
+    """Write a whole model; with `source`, a fine-tune of it for `task`, which changes its own tensors only."""
+    writer = GGUFWriter()
+    for key, (value, type) in {**shape.metadata(), **make_vocab(shape.n_vocab)}.items():
+        writer.set(key, value, type)
+    table = {name: (ne, tensor_type(name, ne, shape, mixture)) for name, ne in weights(shape)}
+    for name, (ne, type) in table.items():
+        writer.add_tensor(name, type, ne)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reader = GGUFReader(source) if source else None
+        mapped = memoryview(reader.map()) if reader else None
+
+        def data(name: str) -> object:
+            ne, type = table[name]
+            if tick:
+                tick(writer.tensors[name])
+            if reader is None or mapped is None or is_own(name, shape):
+                return _random_tensor(name, ne, type, task, pool)
+            info = reader.tensors[name]
+            return mapped[info.offset : info.offset + info.nbytes]
+
+        writer.write(path, data)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Whole models of several tasks, and what split made of them."""
+
+    full: dict[str, str]
+    foundation: str
+    adaptors: dict[str, str]
+
+
+class Store:
+    """The folder that models are kept in."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self.folder, self._say = folder, say
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def model(self, shape: Shape, mixture: str, task: str = "") -> Path:
+        """Return the path of a model, made if it is not there; `task`: a fine-tune of the one without."""
+        path = self.folder / f"{shape.name}-{mixture}{'-' if task else ''}{task}.gguf"
+        if not path.exists():
+            source = self.model(shape, mixture) if task else None
+            total = sum(np.prod(ne) for _, ne in weights(shape))
+            self._say(f"making {path.name}: {total / 1e6:.0f} M parameters ...")
+            write_model(path, shape, mixture, task, source)
+        return path
+
+    def family(self, shape: Shape, mixture: str) -> Family:
+        """Return the fine-tunes of all tasks, split into a foundation and adaptors."""
+        full = {task: str(self.model(shape, mixture, task)) for task in TASKS}
+        prefix = f"{shape.name}-{mixture}"
+        foundation = self.folder / f"{prefix}-foundation.gguf"
+        adaptors = {task: str(self.folder / f"{prefix}-adaptor-{task}.gguf") for task in TASKS}
+        if not foundation.exists():
+            self._say(f"splitting {prefix} for {len(TASKS)} tasks ...")
+            pga.split(full, self.folder, prefix=prefix)
+        return Family(full, str(foundation), adaptors)

@@ -1,0 +1,139 @@
+"""Measure this package beside llama.cpp, and write the tables and plots of docs/benchmarks.md.
+
+Needs pyggml_adapt installed with its `bench` extra.  Models are generated once, into build/bench-models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import report
+from models import LARGE, SHAPES, SMALL, THIN, TYPES, Shape, Store
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ("pyggml_adapt", "mmap", "default", "shards")
+N_TASKS = (1, 2, 4)
+
+
+def say(text: str) -> None:
+    """Print progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(name: str, **arguments: Any) -> Any:
+    """Return the result of one measurement, taken in a process of its own."""
+    worker = Path(__file__).with_name("worker.py")
+    say(f"measuring {name} {arguments.pop('label', '')}...")
+    command = [sys.executable, str(worker), name, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed with status {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def measure_speed(store: Store, shapes: list[Shape], types: list[str], quick: bool) -> dict[str, Any]:
+    """Return tokens/s by shape and type."""
+    found = {}
+    for shape in shapes:
+        rounds = 5 if quick else 11 if shape is SMALL else 5
+        for type in types:
+            case = f"{shape.name} {type}"
+            found[case] = measure("speed", label=case, path=str(store.model(shape, type)), rounds=rounds)
+    return found
+
+
+def measure_switching(store: Store, largest: Shape, quick: bool) -> dict[str, Any]:
+    """Return what a token costs outside ggml, what a swap costs, and what loading costs."""
+    found: dict[str, Any] = {"overhead": {}, "swap": {}, "load": {}}
+    for shape, type in ((THIN, "Q8_0"), (largest, "Q4_K_M")):
+        family, case = store.family(shape, type), f"{shape.name} {type}"
+        n = 1000 if shape is THIN else 200
+        found["overhead"][case] = measure("overhead", label=case, path=str(store.model(shape, type)), n_tokens=n)
+        split = {"foundation": family.foundation, "adaptors": family.adaptors}
+        found["swap"][case] = measure("swap", label=case, **split, rounds=n // 2)
+        found["swap"][case] |= measure("reload", label=case, full=family.full, rounds=3 if quick else 10)
+        adaptor = next(iter(family.adaptors.values()))
+        if shape is not THIN:
+            found["load"][case] = measure(
+                "load", label=case, foundation=family.foundation, adaptor=adaptor, rounds=5 if quick else 15
+            )
+    return found
+
+
+def measure_memory(store: Store, shape: Shape) -> dict[str, Any]:
+    """Return bytes by engine and number of tasks, and the sizes of the files."""
+    family = store.family(shape, "Q4_K_M")
+    arguments = {"full": family.full, "foundation": family.foundation, "adaptors": family.adaptors}
+    cases = {
+        engine: {
+            str(n): measure("memory", label=f"{engine}, {n} tasks", engine=engine, n_tasks=n, **arguments)
+            for n in N_TASKS
+        }
+        for engine in ENGINES
+    }
+    sizes = {task: Path(path).stat().st_size for task, path in family.adaptors.items()}
+    return {
+        "case": f"{shape.name} Q4_K_M",
+        "foundation": Path(family.foundation).stat().st_size,
+        "adaptors": sizes,
+        "engines": cases,
+    }
+
+
+def measure_files(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
+    """Return seconds of split and merge and of their yardsticks."""
+    family, case = store.family(shape, "Q4_K_M"), f"{shape.name} Q4_K_M"
+    return {
+        case: measure(
+            "files",
+            label=case,
+            full=family.full,
+            foundation=family.foundation,
+            adaptors=family.adaptors,
+            folder=str(store.folder / "out"),
+            rounds=3 if quick else 5,
+        )
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="0.1 B only and fewer rounds; docs/ is left as it is")
+    parser.add_argument("--sizes", nargs="+", choices=[SMALL.name, LARGE.name], default=[SMALL.name, LARGE.name])
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--models", type=Path, default=ROOT / "build" / "bench-models", help="folder for the models")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print the tables, keep the results, and unless --quick write docs/benchmarks.md."""
+    args = parse()
+    if args.report:
+        results = json.loads(args.report.read_text(encoding="utf-8"))
+    else:
+        store = Store(args.models, say)
+        shapes = [SMALL] if args.quick else [SHAPES[name] for name in args.sizes]
+        results = {"machine": machine.describe(), "speed": measure_speed(store, shapes, args.types, args.quick)}
+        results |= measure_switching(store, shapes[-1], args.quick)
+        results["memory"] = measure_memory(store, shapes[-1])
+        results["files"] = {}
+        for shape in shapes:
+            results["files"] |= measure_files(store, shape, args.quick)
+        out = ROOT / "build" / ("bench-quick.json" if args.quick else "bench.json")
+        out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        say(f"results are in {out}")
+    print(report.markdown(results))
+    if not args.quick:
+        report.write(results, ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Run one measurement in this process: `worker.py NAME JSON` prints its result as JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+MODULES = {
+    "speed": "speed",
+    "overhead": "speed",
+    "swap": "switching",
+    "reload": "switching",
+    "load": "switching",
+    "memory": "memory",
+    "files": "files",
+}
+
+
+def main() -> None:
+    """Call the function NAME with the keyword arguments in JSON."""
+    name, arguments = sys.argv[1:]
+    function = getattr(importlib.import_module(MODULES[name]), name)
+    print(json.dumps(function(**json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main()
