@@ -56,8 +56,9 @@ def speed(results: dict[str, Any], path: Path) -> None:
                 error_kw={"linewidth": 1},
             )
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(title=f"{what}\n", xticks=range(len(names)), ylabel="tokens/s, ours / llama.cpp")
+        axes.set(title=what, xticks=range(len(names)), ylabel="tokens/s, ours / llama.cpp")
         axes.set_xticklabels(names, rotation=30, ha="right")
-    figure.legend(*both[0].get_legend_handles_labels(), frameon=False, loc="upper center", ncols=2)
+    handles = both[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.savefig(path, **_FORMAT)
     plt.close(figure)
