@@ -162,8 +162,6 @@ def test_empty_token_gets_a_name():
 
 def test_add_bos_without_bos():
     tok = Tokenizer.from_metadata(bpe())
-    with pytest.raises(
-        TokenizerError, match=r"bos_token_id is absent, but tokenizer\.ggml\.add_bos_token"
-    ):
+    with pytest.raises(TokenizerError, match=r"bos_token_id is absent, but tokenizer\.ggml\.add_bos_token"):
         tok.encode("ab")
     assert tok.encode("ab", add_special=False) == [0, 1]
