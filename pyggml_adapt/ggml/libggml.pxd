@@ -1,4 +1,4 @@
-"""What we call of ggml.h, ggml-alloc.h, ggml-backend.h and ggml-cpu.h; nothing else is declared."""
+"""What we call of ggml.h, ggml-alloc.h and ggml-backend.h; nothing else is declared."""
 
 from libc.stdint cimport int32_t, int64_t, uint32_t
 
@@ -35,9 +35,6 @@ cdef extern from "ggml.h" nogil:
         GGML_TYPE_IQ3_S
         GGML_TYPE_IQ2_S
         GGML_TYPE_IQ1_M
-        GGML_TYPE_F64
-        GGML_TYPE_I8
-        GGML_TYPE_I16
         GGML_TYPE_I32
         GGML_TYPE_I64
         GGML_TYPE_COUNT
@@ -56,12 +53,7 @@ cdef extern from "ggml.h" nogil:
     enum ggml_op_hint:
         GGML_HINT_SRC0_IS_HADAMARD
 
-    enum ggml_sort_order:
-        GGML_SORT_ORDER_ASC
-        GGML_SORT_ORDER_DESC
-
     enum ggml_log_level:
-        GGML_LOG_LEVEL_NONE
         GGML_LOG_LEVEL_DEBUG
         GGML_LOG_LEVEL_INFO
         GGML_LOG_LEVEL_WARN
@@ -132,11 +124,8 @@ cdef extern from "ggml.h" nogil:
     const char * ggml_op_desc(const ggml_tensor * t)
     size_t ggml_nbytes(const ggml_tensor * tensor)
     int64_t ggml_nelements(const ggml_tensor * tensor)
-    int64_t ggml_nrows(const ggml_tensor * tensor)
     bool ggml_is_contiguous(const ggml_tensor * tensor)
-    bool ggml_is_contiguous_rows(const ggml_tensor * tensor)
     bool ggml_is_transposed(const ggml_tensor * tensor)
-    bool ggml_is_permuted(const ggml_tensor * tensor)
     bool ggml_are_same_shape(const ggml_tensor * t0, const ggml_tensor * t1)
     bool ggml_can_repeat(const ggml_tensor * t0, const ggml_tensor * t1)
 
@@ -178,7 +167,6 @@ cdef extern from "ggml.h" nogil:
 
     ggml_cgraph * ggml_new_graph_custom(ggml_context * ctx, size_t size, bool grads)
     void ggml_build_forward_expand(ggml_cgraph * cgraph, ggml_tensor * tensor)
-    int ggml_graph_size(ggml_cgraph * cgraph)
     int ggml_graph_n_nodes(ggml_cgraph * cgraph)
     ggml_tensor * ggml_graph_node(ggml_cgraph * cgraph, int i)
     ggml_tensor * ggml_graph_get_tensor(const ggml_cgraph * cgraph, const char * name)
@@ -220,9 +208,7 @@ cdef extern from "ggml-backend.h" nogil:
     ctypedef ggml_backend_sched * ggml_backend_sched_t
 
     enum ggml_backend_buffer_usage:
-        GGML_BACKEND_BUFFER_USAGE_ANY
         GGML_BACKEND_BUFFER_USAGE_WEIGHTS
-        GGML_BACKEND_BUFFER_USAGE_COMPUTE
 
     enum ggml_backend_dev_type:
         GGML_BACKEND_DEVICE_TYPE_CPU
@@ -234,7 +220,6 @@ cdef extern from "ggml-backend.h" nogil:
     const char * ggml_backend_buft_name(ggml_backend_buffer_type_t buft)
     ggml_backend_buffer_t ggml_backend_buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
     size_t ggml_backend_buft_get_alignment(ggml_backend_buffer_type_t buft)
-    size_t ggml_backend_buft_get_max_size(ggml_backend_buffer_type_t buft)
     bool ggml_backend_buft_is_host(ggml_backend_buffer_type_t buft)
 
     void ggml_backend_buffer_free(ggml_backend_buffer_t buffer)
@@ -244,7 +229,6 @@ cdef extern from "ggml-backend.h" nogil:
     bool ggml_backend_buffer_is_host(ggml_backend_buffer_t buffer)
     void ggml_backend_buffer_clear(ggml_backend_buffer_t buffer, unsigned char value)
     void ggml_backend_buffer_set_usage(ggml_backend_buffer_t buffer, ggml_backend_buffer_usage usage)
-    ggml_backend_buffer_type_t ggml_backend_buffer_get_type(ggml_backend_buffer_t buffer)
     ggml_status ggml_backend_tensor_alloc(ggml_backend_buffer_t buffer, ggml_tensor * tensor, void * addr)
     void ggml_backend_tensor_set(ggml_tensor * tensor, const void * data, size_t offset, size_t size)
     void ggml_backend_tensor_get(const ggml_tensor * tensor, void * data, size_t offset, size_t size)
@@ -283,14 +267,4 @@ cdef extern from "ggml-backend.h" nogil:
     void ggml_backend_sched_free(ggml_backend_sched_t sched)
     bool ggml_backend_sched_alloc_graph(ggml_backend_sched_t sched, ggml_cgraph * graph)
     ggml_status ggml_backend_sched_graph_compute(ggml_backend_sched_t sched, ggml_cgraph * graph)
-    void ggml_backend_sched_reset(ggml_backend_sched_t sched)
     int ggml_backend_sched_get_n_splits(ggml_backend_sched_t sched)
-    size_t ggml_backend_sched_get_buffer_size(ggml_backend_sched_t sched, ggml_backend_t backend)
-
-cdef extern from "ggml-cpu.h" nogil:
-    ggml_threadpool * ggml_threadpool_new(ggml_threadpool_params * params)
-    void ggml_threadpool_free(ggml_threadpool * threadpool)
-    bool ggml_backend_is_cpu(ggml_backend_t backend)
-    void ggml_backend_cpu_set_n_threads(ggml_backend_t backend, int n_threads)
-    void ggml_backend_cpu_set_threadpool(ggml_backend_t backend, ggml_threadpool * threadpool)
-    void ggml_backend_cpu_set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data)
