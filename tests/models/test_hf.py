@@ -1,0 +1,72 @@
+"""Hugging Face's parameter names: where each is in a GGUF file."""
+
+import pytest
+from tiny_models import Tiny
+
+from pyggml_adapt.models import HParams, model_class
+from pyggml_adapt.models.hf import hf_target
+from pyggml_adapt.weights.peft import Target
+
+TOP = ["model.embed_tokens", "model.norm", "lm_head"]
+LAYER = [
+    "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+    "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj", "block_sparse_moe.gate",
+]  # fmt: skip
+
+
+def model_of(**variant):
+    tiny = Tiny(**{"n_head": 4, "n_head_kv": 2, "n_layer": 2, **variant})
+    return model_class("llama")(HParams.from_gguf(tiny.all_metadata(), 500))
+
+
+@pytest.mark.parametrize("n_expert", [0, 3])
+def test_every_tensor_has_a_name(n_expert):
+    """But rope_freqs, which is computed and no parameter."""
+    model = model_of(n_expert=n_expert, n_expert_used=2 if n_expert else 0)
+    target = hf_target(model)
+    experts = [f"block_sparse_moe.experts.{i}.w{j}" for i in range(3) for j in (1, 2, 3)]
+    modules = TOP + [f"model.layers.{il}.{name}" for il in range(2) for name in LAYER + experts]
+    found = [target(f"{module}.{leaf}") for module in modules for leaf in ("weight", "bias")]
+    assert {t.name for t in found if t} == {spec.name for spec in model.all_tensors()} - {"rope_freqs.weight"}
+
+
+@pytest.mark.parametrize(("parameter", "expected"), [
+    ("model.layers.0.self_attn.q_proj.weight", Target("blk.0.attn_q.weight", 4)),
+    ("model.layers.1.self_attn.q_proj.bias", Target("blk.1.attn_q.bias", 4)),
+    ("model.layers.0.self_attn.k_proj.weight", Target("blk.0.attn_k.weight", 2)),
+    ("model.layers.0.self_attn.k_proj.bias", Target("blk.0.attn_k.bias", 2)),
+    ("model.layers.0.self_attn.v_proj.weight", Target("blk.0.attn_v.weight")),
+    ("model.layers.0.self_attn.o_proj.weight", Target("blk.0.attn_output.weight")),
+    ("model.embed_tokens.weight", Target("token_embd.weight")),
+    ("embed_tokens.weight", Target("token_embd.weight")),  # of a LlamaModel, which has no head
+    ("lm_head.weight", Target("output.weight")),
+    ("model.layers.2.self_attn.q_proj.weight", None),
+    ("model.layers.00.self_attn.q_proj.weight", None),
+    ("model.layers.0.self_attn.q_proj", None),
+    ("model.layers.0.self_attn.q_norm.weight", None),
+    ("model.layers.0.block_sparse_moe.experts.0.w1.weight", None),
+    ("model.layers.0.mlp.gate.weight", None),
+    ("model.layers.self_attn.q_proj.weight", None),
+    ("model.layers.0.norm.weight", None),
+    ("score.weight", None),
+    ("lm_head.bias", None),
+    ("", None),
+])  # fmt: skip
+def test_dense(parameter, expected):
+    assert hf_target(model_of())(parameter) == expected
+
+
+@pytest.mark.parametrize(("parameter", "expected"), [
+    ("model.layers.1.block_sparse_moe.experts.2.w1.weight", Target("blk.1.ffn_gate_exps.weight", 0, 2, 3)),
+    ("model.layers.1.block_sparse_moe.experts.0.w2.weight", Target("blk.1.ffn_down_exps.weight", 0, 0, 3)),
+    ("model.layers.1.block_sparse_moe.experts.1.w3.weight", Target("blk.1.ffn_up_exps.weight", 0, 1, 3)),
+    ("model.layers.1.block_sparse_moe.gate.weight", Target("blk.1.ffn_gate_inp.weight")),
+    ("model.layers.1.mlp.gate.weight", Target("blk.1.ffn_gate_inp.weight")),
+    ("model.layers.1.block_sparse_moe.experts.3.w1.weight", None),
+    ("model.layers.1.block_sparse_moe.experts.0.w4.weight", None),
+    ("model.layers.1.block_sparse_moe.experts.0.w1.bias", None),
+    ("model.layers.1.block_sparse_moe.experts.99999.w1.weight", None),
+    ("model.layers.1.mlp.gate_proj.weight", None),
+])  # fmt: skip
+def test_experts(parameter, expected):
+    assert hf_target(model_of(n_expert=3, n_expert_used=2))(parameter) == expected
