@@ -35,7 +35,7 @@ cdef class _Binding(Owner):
 
 
 cdef class TensorTable:
-    cdef readonly list tensors
+    cdef readonly list tensors, scales
     cdef readonly object signature
     cdef Py_ssize_t n
     cdef void ** _data
@@ -46,7 +46,7 @@ cdef class TensorTable:
 cdef class Slots:
     cdef readonly CGraph graph
     cdef readonly TensorTable table
-    cdef list _tensors
+    cdef list _tensors, _scales
     cdef _Binding _binding
     cdef Py_ssize_t n, n_views
     cdef int _n_nodes

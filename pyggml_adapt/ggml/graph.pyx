@@ -311,17 +311,18 @@ cdef class _Binding(Owner):
 
 
 cdef class TensorTable:
-    """The data that slots point at: one allocated tensor for each slot, in the slots' order.
+    """What slots point at: one allocated tensor for each slot, in the slots' order, and the factors of scale nodes.
 
     tensors: contiguous Tensors that have data; they and their buffers stay alive with the table.
     Raises: ClosedError if a tensor has no data, ShapeError if one is not contiguous.
     """
 
-    def __cinit__(self, tensors):
+    def __cinit__(self, tensors, scales=()):
         cdef Py_ssize_t i
         cdef Tensor tensor
         cdef c.ggml_tensor * t
         self.tensors = list(tensors)
+        self.scales = [<float> each for each in scales]
         self.n = len(self.tensors)
         self._data = <void **> calloc(self.n + 1, sizeof(void *))
         self._buffers = <c.ggml_backend_buffer **> calloc(self.n + 1, sizeof(void *))
@@ -335,7 +336,7 @@ cdef class TensorTable:
             self._buffers[i] = tensor.buffer()
             owners.add(tensor.ctx)
         self._owners = owners
-        signature = tuple([(each.type, each.ne) for each in self.tensors])
+        signature = (len(self.scales), *[(each.type, each.ne) for each in self.tensors])
         self.signature = _signatures.setdefault(signature, signature)
 
     def __dealloc__(self):
@@ -350,12 +351,13 @@ cdef class Slots:
     """Leaves of one graph whose data is elsewhere, and can be exchanged without building the graph again.
 
     ggml keeps addresses in tensors, so a graph computes with other weights as soon as its leaves, and the views of
-    them, point at other memory of the same type and shape.
+    them, point at other memory of the same type and shape.  It keeps a scale node's factor in the node likewise.
     """
 
     def __cinit__(self, CGraph graph not None):
         self.graph = graph
         self._tensors = []
+        self._scales = []
         self._binding = _Binding.__new__(_Binding)
         graph.ctx.depend_on(self._binding)
 
@@ -378,6 +380,19 @@ cdef class Slots:
         self._tensors.append((leaf, source))
         return leaf
 
+    def add_scale(self, Tensor node not None):
+        """Return `node`, made by ops.scale: its factor can be exchanged too.
+
+        Raises: ShapeError if it is another op's, or another graph's; BackendError after seal().
+        """
+        cdef c.ggml_tensor * t = node.ptr()
+        if t.op != c.GGML_OP_SCALE or node.ctx is not self.graph.ctx:
+            raise ShapeError(f"Slots.add_scale: {node!r} is not a scale node of this graph")
+        if self._slots != NULL:
+            raise BackendError("Slots.add_scale: the slots are sealed")
+        self._scales.append(node)
+        return node
+
     def seal(self):
         """Record the slots and their views, once the graph is complete and allocated, and bind them to their sources.
 
@@ -390,7 +405,7 @@ cdef class Slots:
         if self._slots != NULL:
             raise BackendError("Slots.seal: the slots are sealed already")
         sources = [source for _, source in self._tensors]
-        self.table = TensorTable(sources)
+        self.table = TensorTable(sources, [(<float *> (<Tensor> node)._ptr.op_params)[0] for node in self._scales])
         self._n_nodes = n_nodes
         self.n = len(self._tensors)
         self._slots = <c.ggml_tensor **> malloc((self.n + 1) * sizeof(void *))
@@ -425,6 +440,8 @@ cdef class Slots:
         if table.signature is not self.table.signature:
             raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
                              f"{self._first_difference(table)}")
+        for i in range(len(self._scales)):
+            (<float *> (<Tensor> self._scales[i])._ptr.op_params)[0] = table.scales[i]
         for i in range(self.n):
             self._slots[i].data = table._data[i]
             self._slots[i].buffer = table._buffers[i]
@@ -441,7 +458,7 @@ cdef class Slots:
         for slot, tensor in zip(self._tensors, table.tensors):
             if (slot.type, slot.ne) != (tensor.type, tensor.ne):
                 return f"{tensor!r} for {slot!r}"
-        return "none"  # unreachable: equal signatures are one object
+        return f"{len(table.scales)} factors for {len(self._scales)} scale nodes"
 
     def __len__(self):
         return len(self._tensors)

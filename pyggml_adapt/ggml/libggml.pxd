@@ -41,6 +41,7 @@ cdef extern from "ggml.h" nogil:
 
     enum ggml_op:
         GGML_OP_NONE
+        GGML_OP_SCALE
         GGML_OP_MUL_MAT
         GGML_OP_MUL_MAT_ID
         GGML_OP_ADD_ID
@@ -78,6 +79,7 @@ cdef extern from "ggml.h" nogil:
         int64_t ne[4]
         size_t nb[4]
         ggml_op op
+        int32_t op_params[16]
         ggml_tensor * src[10]
         ggml_tensor * view_src
         size_t view_offs
@@ -109,6 +111,7 @@ cdef extern from "ggml.h" nogil:
     bool ggml_quantize_requires_imatrix(ggml_type type)
     size_t ggml_quantize_chunk(ggml_type type, const float * src, void * dst, int64_t start, int64_t nrows,
                                int64_t n_per_row, const float * imatrix)
+    bool ggml_validate_row_data(ggml_type type, const void * data, size_t nbytes)
 
     ggml_context * ggml_init(ggml_init_params params)
     void ggml_free(ggml_context * ctx)

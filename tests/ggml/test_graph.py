@@ -408,6 +408,30 @@ def test_slots_preconditions(backend):
         slots.bind(table)
 
 
+def test_scales_are_exchanged_with_the_tensors(backend):
+    (one,), (two,) = placed(X), placed(X * 2)
+    g = Graph()
+    slots = Slots(g.graph)
+    other = Graph()
+    with pytest.raises(ShapeError, match=r"^Slots.add_scale: .* is not a scale node of this graph$"):
+        slots.add_scale(slots.graph.ctx.new_tensor(Type.F32, (4,)))
+    with pytest.raises(ShapeError, match=r"is not a scale node of this graph$"):
+        slots.add_scale(ops.scale(other.ctx, other.leaf(4), 2.0))
+    out = slots.add_scale(ops.scale(g.ctx, slots.add(one), 3.0))
+    g.alloc(out)
+    slots.seal()
+    assert slots.table.scales == [3.0]
+    g.graph.compute(backend)
+    assert out.to_numpy().ravel().tolist() == (X * 3).ravel().tolist()
+    slots.bind(TensorTable([two], [-0.5]))
+    g.graph.compute(backend)
+    assert out.to_numpy().ravel().tolist() == (-X).ravel().tolist()
+    with pytest.raises(ShapeError, match=r"from the slots: 2 factors for 1 scale nodes$"):
+        slots.bind(TensorTable([one], [1.0, 2.0]))
+    with pytest.raises(BackendError, match=r"^Slots.add_scale: the slots are sealed$"):
+        slots.add_scale(out)
+
+
 def test_slots_keep_what_they_point_at_alive(backend):
     first, second = placed(X, B), placed(X * 2, B)
     g, slots, _, out = slotted(*first)
