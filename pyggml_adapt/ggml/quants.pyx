@@ -88,3 +88,24 @@ def dequantize(data, type, int64_t ne0):
     with nogil:
         traits.to_float(&src[0], &dst[0, 0], n_rows * ne0)
     return out
+
+
+def validate(data, type):
+    """Return whether `data`, whole blocks of `type`, holds no NaN and no infinite number.
+
+    data: any contiguous buffer.  Integers are always valid.  Releases the GIL.  For a number that is not, ggml itself
+    writes a line to stderr that says where the first is.
+    Raises: ShapeError if the bytes are not whole blocks, DTypeError for Q8_1, which ggml does not look into.
+    Wraps: ggml_validate_row_data.
+    """
+    cdef int t = Type(type)
+    cdef bint is_valid
+    if t == Type.Q8_1:
+        raise DTypeError("validate: ggml does not look into Q8_1")
+    cdef const unsigned char[::1] source = np.frombuffer(data, dtype=np.uint8)
+    cdef size_t nbytes = source.shape[0], block = c.ggml_type_size(<c.ggml_type> t)
+    if nbytes == 0 or nbytes % block:
+        raise ShapeError(f"validate: {nbytes} bytes are not whole blocks of {block} bytes")
+    with nogil:
+        is_valid = c.ggml_validate_row_data(<c.ggml_type> t, &source[0], nbytes)
+    return is_valid

@@ -5,6 +5,7 @@ import pytest
 
 from pyggml_adapt.errors import DTypeError, ParameterError, ShapeError
 from pyggml_adapt.ggml import Type, dequantize, quantize
+from pyggml_adapt.ggml.quants import validate
 
 X = np.random.default_rng(3).standard_normal((2, 512), dtype=np.float32)
 NEED_IMATRIX = {Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS}
@@ -130,3 +131,36 @@ for t in types:
                     pass
     dequantize(rng.integers(0, 256, 64 * t.row_size(256), dtype=np.uint8), t, 256)
 """
+
+
+@pytest.mark.parametrize("type", [type for type in Type if type != Type.Q8_1], ids=lambda type: type.name)
+def test_numbers_that_are_not_finite_are_found(type, capfd):
+    assert validate(bytes(4 * type.type_size), type) is True
+    if type.name in ("I8", "I16", "I32", "I64", "NVFP4"):  # every byte is a number there
+        assert validate(b"\xff" * type.type_size, type) is True
+    else:
+        assert validate(bytes(3 * type.type_size) + b"\xff" * type.type_size, type) is False
+        assert capfd.readouterr().err.startswith("ggml_validate_row_data: ")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype, type", [("f4", Type.F32), ("f2", Type.F16), ("f8", Type.F64)])
+def test_each_place_is_looked_at(dtype, type, number):
+    for i in range(40):
+        values = np.ones(40, dtype)
+        values[i] = number
+        assert validate(values, type) is False
+
+
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        ((b"", Type.F32), ShapeError, "validate: 0 bytes are not whole blocks of 4 bytes"),
+        ((bytes(33), Type.Q8_0), ShapeError, "validate: 33 bytes are not whole blocks of 34 bytes"),
+        ((bytes(36), Type.Q8_1), DTypeError, "validate: ggml does not look into Q8_1"),
+    ],
+)
+def test_validate_preconditions(args, error, message):
+    with pytest.raises(error) as caught:
+        validate(*args)
+    assert str(caught.value) == message
