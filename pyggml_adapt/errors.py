@@ -111,7 +111,7 @@ class AdaptorError(Error, KeyError):
     """An adaptor or task that is unknown, mismatched, in use or too large.
 
     code: one of `adaptor_not_found`, `adaptor_exists`, `adaptor_base_mismatch`, `adaptor_invalid`, `adaptor_in_use`,
-    `tensor_not_found`.
+    `adaptor_changed`, `adaptor_byte_limit_exceeded`, `foundation_changed`, `tensor_not_found`.
     """
 
     def __init__(self, message: str, *, code: str):

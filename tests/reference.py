@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import llama_cpp as lib
@@ -73,6 +73,16 @@ class Reference:
             raise RuntimeError(f"llama_decode: {status}")
         rows = [np.ctypeslib.as_array(lib.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)) for i in out_ids]
         return np.array(rows)
+
+    def set_loras(self, loras: Mapping[Path, float]) -> None:
+        """Let low-rank files count, each with its factor, in all evaluations from now on."""
+        adapters = [lib.llama_adapter_lora_init(self.model, str(path).encode()) for path in loras]
+        if not all(adapters):
+            raise RuntimeError(f"llama.cpp does not load {list(loras)}")
+        n = len(adapters)
+        pointers = (lib.llama_adapter_lora_p_ctypes * n)(*adapters)
+        if lib.llama_set_adapters_lora(self.ctx, pointers, n, (ctypes.c_float * n)(*loras.values())):
+            raise RuntimeError("llama.cpp does not use the low-rank files")
 
     def rewind(self, n_past: int) -> None:
         """Forget the tokens of sequence 0 after the first n_past."""

@@ -7,8 +7,8 @@ Source: llama.cpp src/llama-graph.cpp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,24 +18,57 @@ from pyggml_adapt.graph.inputs import Inputs
 if TYPE_CHECKING:
     from pyggml_adapt.models.hparams import HParams
 
+EMBEDDING = "token_embd.weight"
 MIN_WEIGHTS_SUM = 6.103515625e-5  # the smallest normal F16: experts' weights are never divided by zero
+
+
+class Pair(Protocol):
+    """A low-rank pair on a weight W [k, m]: a [k, rank], b [rank, m]; W's product gets scale * b(a(x)) added.
+
+    a, b: names among the factors.  On an embedding [k, m] columns are picked: a [rank, m], b [rank, k].  On experts
+    all have n_expert as well.
+    """
+
+    @property
+    def a(self) -> str: ...
+    @property
+    def b(self) -> str: ...
+    @property
+    def scale(self) -> float: ...
+
+
+class Sources(Protocol):
+    """Where a task's weights are, by GGUF name, and the low-rank pairs on them, in the order in which they count."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def factors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def pairs(self) -> Mapping[str, Sequence[Pair]]: ...
 
 
 class Weights:
     """The weights of one graph, by GGUF name: `w.token_embd` is token_embd.weight, `w.x_b` is x.bias, absent None.
 
-    Each is a slot, made when it is first asked for; `names` keeps their order.
+    Each is a slot, made when it is first asked for.
     """
 
-    def __init__(self, slots: Slots, sources: Mapping[str, Tensor], prefix: str = "", model: Weights | None = None):
+    def __init__(self, slots: Slots, sources: Sources, prefix: str = "", model: Weights | None = None):
         self._slots, self._sources, self._prefix = slots, sources, prefix
         self._made: dict[str, Tensor] = {} if model is None else model._made
+        self._scaled: list[str] = [] if model is None else model._scaled
         self.model: Weights = self if model is None else model
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the full names of the tensors used so far, in the order of their slots."""
         return tuple(self._made)
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """Return the names of the tensors b of the pairs that were scaled, in the order of their scale nodes."""
+        return tuple(self._scaled)
 
     def layer(self, il: int) -> LayerWeights:
         """Return the weights whose names start blk.il."""
@@ -44,11 +77,22 @@ class Weights:
     def __getattr__(self, attribute: str) -> Any:
         is_bias = attribute.endswith("_b")
         name = f"{self._prefix}{attribute[:-2]}.bias" if is_bias else f"{self._prefix}{attribute}.weight"
+        return self._slot(name, self._sources.tensors[name]) if name in self._sources.tensors else None
+
+    def _slot(self, name: str, source: Tensor) -> Tensor:
         if name not in self._made:
-            if name not in self._sources:
-                return None
-            self._made[name] = self._slots.add(self._sources[name])
+            self._made[name] = self._slots.add(source)
+            self._made[name].name = name  # a head that is tied to the embedding is another weight of its own
         return self._made[name]
+
+    def add_pairs(self, ctx: Context, out: Tensor, w: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return `out` plus what the low-rank pairs on a weight add; product: of slots for a pair's a and b."""
+        for pair in self._sources.pairs.get(w.name, ()):
+            a, b = (self._slot(name, self._sources.factors[name]) for name in (pair.a, pair.b))
+            delta = self._slots.add_scale(ops.scale(ctx, product(a, b), pair.scale))  # exchanged with the weights
+            self._scaled.append(pair.b)
+            out = ops.add(ctx, out, delta)
+        return out
 
 
 class LayerWeights(Weights):
@@ -64,13 +108,14 @@ class GraphBuilder:
         graph: CGraph,
         hp: HParams,
         inputs: Inputs,
+        weights: Weights,
         *,
         n_kv: int,
         k_l: list[Tensor],
         v_l: list[Tensor],
     ):
         """k_l, v_l: the cache's tensors of each layer, [n_embd_k_gqa, n_cells]."""
-        self.ctx, self.graph, self.hp, self.inputs = ctx, graph, hp, inputs
+        self.ctx, self.graph, self.hp, self.inputs, self.weights = ctx, graph, hp, inputs, weights
         self.n_tokens, self.n_outputs, self.n_kv = inputs.n_tokens, inputs.n_outputs, n_kv
         self.k_l, self.v_l = k_l, v_l
         self.kq_scale = float(np.float32(1.0) / np.sqrt(np.float32(hp.n_embd_head_k)))
@@ -81,8 +126,21 @@ class GraphBuilder:
         return cur
 
     def mm(self, w: Tensor, cur: Tensor) -> Tensor:
-        """Return the product of weights [k, m] and activations [k, n]: [m, n]."""
-        return ops.mul_mat(self.ctx, w, cur)
+        """Return the product of weights [k, m], with the low-rank pairs on them, and activations [k, n]: [m, n]."""
+        ctx, out = self.ctx, ops.mul_mat(self.ctx, w, cur)
+        if w.name == EMBEDDING:  # as a tied head: pairs on it are the embedding's, and have the other orientation
+            return out
+        return self.weights.add_pairs(ctx, out, w, lambda a, b: ops.mul_mat(ctx, b, ops.mul_mat(ctx, a, cur)))
+
+    def mm_id(self, w: Tensor, cur: Tensor, ids: Tensor) -> Tensor:
+        """Return the products of cur and the experts that ids picks for each token, [m, n_used, n].
+
+        w: [k, m, n_expert].  cur: [k, n_used or 1, n].  ids: [n_used, n].
+        """
+        ctx, out = self.ctx, ops.mul_mat_id(self.ctx, w, cur, ids)
+        return self.weights.add_pairs(
+            ctx, out, w, lambda a, b: ops.mul_mat_id(ctx, b, ops.mul_mat_id(ctx, a, cur, ids), ids)
+        )
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a + b."""
@@ -99,8 +157,12 @@ class GraphBuilder:
 
     def inp_embd(self, token_embd: Tensor) -> Tensor:
         """Return the embeddings of the input tokens, [n_embd, n_tokens]."""
-        cur = self.named(ops.get_rows(self.ctx, token_embd, self.inputs.tokens), "embd")
-        return self.graph.expand(cur)
+        ctx, tokens = self.ctx, self.inputs.tokens
+        cur = ops.get_rows(ctx, token_embd, tokens)
+        cur = self.weights.add_pairs(
+            ctx, cur, token_embd, lambda a, b: ops.mul_mat(ctx, b, ops.get_rows(ctx, a, tokens))
+        )
+        return self.graph.expand(self.named(cur, "embd"))
 
     def output_rows(self, cur: Tensor) -> Tensor:
         """Return the columns of cur [n, n_tokens] whose logits are wanted: [n, n_outputs], which must not be 0."""
@@ -228,13 +290,13 @@ class GraphBuilder:
         ctx, n_embd, n, n_used = self.ctx, cur.ne[0], cur.ne[1], self.hp.n_expert_used
         chosen, weights = self._choose_experts(cur, w, il)
         cur = ops.reshape(ctx, cur, n_embd, 1, n)
-        up = self.named(ops.mul_mat_id(ctx, w.ffn_up_exps, cur, chosen), "ffn_moe_up", il)  # [n_ff, n_used, n]
+        up = self.named(self.mm_id(w.ffn_up_exps, cur, chosen), "ffn_moe_up", il)  # [n_ff, n_used, n]
         if w.ffn_gate_exps is None:
             cur = self.named(ops.silu(ctx, up), "ffn_moe_silu", il)
         else:
-            gate = self.named(ops.mul_mat_id(ctx, w.ffn_gate_exps, cur, chosen), "ffn_moe_gate", il)
+            gate = self.named(self.mm_id(w.ffn_gate_exps, cur, chosen), "ffn_moe_gate", il)
             cur = self.named(ops.swiglu_split(ctx, gate, up), "ffn_moe_swiglu", il)
-        cur = self.named(ops.mul_mat_id(ctx, w.ffn_down_exps, cur, chosen), "ffn_moe_down", il)
+        cur = self.named(self.mm_id(w.ffn_down_exps, cur, chosen), "ffn_moe_down", il)
         cur = self.graph.expand(self.named(ops.mul(ctx, cur, weights), "ffn_moe_weighted", il))  # [n_embd, n_used, n]
         parts = [self.graph.expand(ops.view(ctx, cur, (n_embd, n), (cur.nb[2],), i * cur.nb[1])) for i in range(n_used)]
         out = parts[0]

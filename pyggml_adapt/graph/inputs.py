@@ -21,6 +21,7 @@ class Batch(Protocol):
     pos: np.ndarray  # int32
     cells: np.ndarray  # int64, where in the cache each token's K and V go
     out_ids: np.ndarray  # int32, which tokens' logits are wanted
+    embd: np.ndarray | None  # F32 [n_tokens, n_embd], hidden states to start from instead of the tokens' embeddings
 
     def mask(self, n_kv: int) -> np.ndarray:
         """Return bool [n_tokens, n_kv]: whether each token may see each cell."""
@@ -41,13 +42,18 @@ class Inputs:
         flash_attn: bool,
         k_rot: int = 0,
         v_rot: int = 0,
+        n_embd: int = 0,
     ):
-        """k_rot, v_rot: sizes of the Hadamard rotations of K and V, 0 for none."""
+        """k_rot, v_rot: sizes of the Hadamard rotations of K and V, 0 for none.
+
+        n_embd: elements of a hidden state if the graph starts from these, 0 if it starts from tokens.
+        """
         self.n_tokens, self.n_outputs, self.n_kv = n_tokens, n_outputs, n_kv
         self.n_cells, self.n_embd_v_gqa, self.flash_attn = n_cells, n_embd_v_gqa, flash_attn
         self.v_trans = not flash_attn
         self._ctx = ctx
         self.tokens = self._new("inp_tokens", Type.I32, n_tokens)
+        self.embd = self._new("inp_embd", Type.F32, n_embd, n_tokens) if n_embd else None
         self.pos = self._new("inp_pos", Type.I32, n_tokens)
         self.k_idxs = self._new("attn_inp_k_idxs", Type.I64, n_tokens)
         self.v_idxs = self._new("attn_inp_v_idxs", Type.I64, n_tokens * (n_embd_v_gqa if self.v_trans else 1))
@@ -63,12 +69,17 @@ class Inputs:
     def fill_constants(self) -> None:
         """Write what is the same in every computation; once, after allocation: as outputs they are not overwritten."""
         for rotation in (self.k_rot, self.v_rot):
-            if rotation is not None:
+            if rotation is not None and rotation.is_allocated:
                 rotation.set_data(hadamard(rotation.ne[0]))
 
     def fill(self, batch: Batch) -> None:
-        """Write the inputs for `batch`, whose numbers of tokens and outputs must be this graph's."""
-        self.tokens.set_data(batch.tokens)
+        """Write those inputs that the graph uses; the batch has the graph's numbers of tokens and outputs."""
+        if self.embd is None:
+            self.tokens.set_data(batch.tokens)
+        else:
+            self.embd.set_data(batch.embd)
+        if not self.pos.is_allocated:
+            return  # a graph of the head alone
         self.pos.set_data(batch.pos)
         self.k_idxs.set_data(batch.cells)
         self.v_idxs.set_data(self._element_idxs(batch.cells) if self.v_trans else batch.cells)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from pyggml_adapt.errors import ModelError
@@ -11,6 +12,8 @@ from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
 from pyggml_adapt.models.hparams import HParams
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_HEAD = ("output.", "output_norm.")
 _NO_WEIGHTS = ("Q8_1", "Q8_K")  # of activations inside matmul
 
 
@@ -70,10 +73,26 @@ class Model:
             if name not in known:
                 raise ModelError(f"tensor {name} is not one that architecture {self.arch} has")
 
-    def build(self, g: GraphBuilder, w: Weights) -> Tensor | None:
-        """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs."""
-        cur = g.inp_embd(w.token_embd)
-        for il in range(self.hp.n_layer):
+    def first_layer(self, names: Iterable[str]) -> int:
+        """Return the lowest layer whose results depend on one of these tensors; n_layer if only the head's do.
+
+        0 for a tensor that belongs to no layer: as far as is known everything depends on it.
+        """
+        return min((self._layer_of(name) for name in names), default=self.hp.n_layer)
+
+    def _layer_of(self, name: str) -> int:
+        if name.startswith(_HEAD):
+            return self.hp.n_layer
+        found = _LAYER.match(name)
+        return int(found[1]) if found and int(found[1]) < self.hp.n_layer else 0
+
+    def build(self, g: GraphBuilder, w: Weights, first_layer: int = 0) -> Tensor | None:
+        """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs.
+
+        first_layer: where the graph starts: from tokens if 0, else from that layer's input; from the head's if n_layer.
+        """
+        cur = g.inp_embd(w.token_embd) if g.inputs.embd is None else g.inputs.embd
+        for il in range(first_layer, self.hp.n_layer):
             out = self.build_layer(g, w.layer(il), cur, il)
             if out is None:
                 return None
@@ -125,3 +144,19 @@ def model_class(arch: str) -> type[Model]:
     if arch not in _registry:
         raise ModelError(f"architecture {arch!r} is not supported; supported: {', '.join(architectures())}")
     return _registry[arch]
+
+
+def model_of(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], path: str) -> Model:
+    """Return the model that metadata describe, its tensors checked.
+
+    Raises: ModelError naming the file at `path` and the key or tensor that is wrong.
+    """
+    arch = metadata.get("general.architecture")
+    embd = tensors.get("token_embd.weight")
+    try:
+        cls = model_class(arch if isinstance(arch, str) else "")
+        model = cls(HParams.from_gguf(metadata, 1 if embd is None else embd.ne[1]))
+        model.check_tensors(tensors)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return model

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from pyggml_adapt.errors import TokenError
 from pyggml_adapt.runtime.kv_cache import KVCache
 
+_NO_STATES: Mapping[int, np.ndarray] = {}
+
 
 class UBatch:
     """Up to n_ubatch tokens, in the cells that they will occupy.
 
     tokens, pos: int32 [n_tokens].  seq_id: int64 [n_tokens].  cells: int64 [n_tokens].  out_ids: int32 [n_outputs].
+    first_layer, embd: if not 0, the layer to start from (n_layer: the head), with its input, F32 [n_tokens, n_embd].
+    states: layer -> array of the same kind that the input of that layer is written into; of the head's (n_layer) the
+    rows of out_ids only.
     """
 
-    __slots__ = ("_cache", "cells", "out_ids", "pos", "seq_id", "tokens")
+    __slots__ = ("_cache", "cells", "embd", "first_layer", "out_ids", "pos", "seq_id", "states", "tokens")
 
-    def __init__(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq_id: np.ndarray, out_ids: np.ndarray):
+    def __init__(
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        pos: np.ndarray,
+        seq_id: np.ndarray,
+        out_ids: np.ndarray,
+        *,
+        first_layer: int = 0,
+        embd: np.ndarray | None = None,
+        states: Mapping[int, np.ndarray] = _NO_STATES,
+    ):
         self._cache = cache
         self.tokens, self.pos, self.seq_id, self.out_ids = tokens, pos, seq_id, out_ids
+        self.first_layer, self.embd, self.states = first_layer, embd, states
         self.cells = cache.find_slot(len(tokens))
 
     def mask(self, n_kv: int) -> np.ndarray:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 
 import numpy as np
 
-from pyggml_adapt.ggml import Backend, BufferType, CGraph, Context, GAllocr, Slots
+from pyggml_adapt.errors import ClosedError, ModelError
+from pyggml_adapt.ggml import Backend, BufferType, CGraph, Context, GAllocr, Slots, Tensor
 from pyggml_adapt.graph.builder import GraphBuilder, Weights
 from pyggml_adapt.graph.inputs import Inputs, hadamard_sizes
 from pyggml_adapt.models import Model
 from pyggml_adapt.runtime.batch import UBatch
 from pyggml_adapt.runtime.kv_cache import KVCache
-from pyggml_adapt.weights.store import TaskWeights
+from pyggml_adapt.weights.adaptor import Adaptor
+from pyggml_adapt.weights.task import TaskWeights
 
 MAX_GRAPHS = 16  # kept for reuse
 MAX_IDLE_NBYTES = 24 * 1024**2  # of compute memory in graphs that are kept but not the last one used
@@ -33,9 +36,15 @@ class Program:
         n_outputs: int,
         n_kv: int,
         flash_attn: bool,
+        first_layer: int = 0,
+        boundaries: Collection[int] = (),
     ):
+        """first_layer: as in Model.build().  boundaries: layers above it whose inputs are wanted too."""
         hp = model.hp
-        graph_size = 256 + hp.n_layer * (96 + 6 * hp.n_expert_used)  # nodes and leaves, with room to spare
+        n_pairs = sum(map(len, weights.pairs.values()))
+        graph_size = (
+            256 + hp.n_layer * (96 + 6 * hp.n_expert_used) + 6 * n_pairs
+        )  # nodes and leaves, with room to spare
         ctx = Context(Context.size_for(graph_size, graph_size))
         self.graph = CGraph(ctx, graph_size)
         self._weight_slots, self._cache_slots = Slots(self.graph), Slots(self.graph)
@@ -50,22 +59,30 @@ class Program:
             flash_attn=flash_attn,
             k_rot=k_rot,
             v_rot=v_rot,
+            n_embd=hp.n_embd if first_layer else 0,
         )
         k_l = [self._cache_slots.add(k) for k in cache.k_l]
         v_l = [self._cache_slots.add(v) for v in cache.v_l]
-        w = Weights(self._weight_slots, weights.tensors)
-        builder = GraphBuilder(ctx, self.graph, hp, self.inputs, n_kv=n_kv, k_l=k_l, v_l=v_l)
-        self.logits = model.build(builder, w)
+        w = Weights(self._weight_slots, weights)
+        builder = GraphBuilder(ctx, self.graph, hp, self.inputs, w, n_kv=n_kv, k_l=k_l, v_l=v_l)
+        self.logits = model.build(builder, w, first_layer)
         if self.logits is not None:
             self.graph.expand(self.logits.set_output())
+        self._states = {il: self._input_of(il).set_output() for il in boundaries}
         self._allocr = GAllocr(buffer_type)
         self._allocr.alloc_graph(self.graph)
         self.inputs.fill_constants()
-        self._names = w.names
+        self._names, self._scaled = w.names, w.scaled
         self._weights: TaskWeights | None = None  # that bind_weights() was last given
         self._weight_slots.seal()
         self._cache_slots.seal()
         self.nbytes = self._allocr.nbytes + ctx.mem_size
+
+    def _input_of(self, il: int) -> Tensor:
+        node = self.graph.tensor(f"l_out-{il - 1}")
+        if node is None:
+            raise ModelError(f"the graph has no node l_out-{il - 1}, which layer {il} would start from")
+        return node
 
     def bind(self, weights: TaskWeights, cache: KVCache) -> None:
         """Point the graph at a task's weights and a session's cache."""
@@ -75,12 +92,13 @@ class Program:
     def bind_weights(self, weights: TaskWeights) -> None:
         """Point the graph at a task's weights."""
         if weights is not self._weights:
-            self._weight_slots.bind(weights.table(self._names))
+            self._weight_slots.bind(weights.table(self._names, self._scaled))
             self._weights = weights
 
-    def uses(self, weights: TaskWeights) -> bool:
-        """Return whether the graph points at a task's weights now."""
-        return weights is self._weights
+    def forget(self, adaptor: Adaptor) -> None:
+        """Take the graph's weights for unknown if they are partly this adaptor's: they are bound anew before a run."""
+        if self._weights is not None and adaptor in self._weights.adaptors:
+            self._weights = None
 
     def run(self, backend: Backend, batch: UBatch, out: np.ndarray | None) -> None:
         """Compute `batch` and write the logits into out, F32 [n_outputs, n_vocab].  Releases the GIL."""
@@ -88,6 +106,8 @@ class Program:
         self.graph.compute(backend)
         if self.logits is not None:
             self.logits.get_data(out)
+        for il, state in self._states.items():
+            state.get_data(batch.states[il])
 
 
 class Engine:
@@ -110,10 +130,14 @@ class Engine:
         """Evaluate `batch`: its K and V go into the cache, its logits into out, F32 [n_outputs, n_vocab].
 
         If it fails, the cache is as before.
+        Raises: AdaptorError (adaptor_changed, foundation_changed) if a mapped file is not what it was; ClosedError.
         """
         with self._lock:
+            if self.backend.closed:
+                raise ClosedError("the Engine is closed")  # and the files, which cannot be looked at, soon are
             cache.store(batch.cells, batch.pos, batch.seq_id)
             try:
+                weights.check_unchanged()
                 program = self._program(model, weights, cache, batch)
                 program.bind(weights, cache)
                 program.run(self.backend, batch, out)
@@ -128,16 +152,16 @@ class Engine:
                 if layout == weights.layout and hp == model.hp:
                     program.bind_weights(weights)
 
-    def forget(self, weights: TaskWeights) -> None:
-        """Drop the graphs that point at a task's weights, before these are unmapped."""
+    def forget(self, adaptor: Adaptor) -> None:
+        """Let no graph take an adaptor's weights for bound, before these are unmapped."""
         with self._lock:
-            for key, program in list(self._programs.items()):
-                if program.uses(weights):
-                    del self._programs[key]
+            for program in self._programs.values():
+                program.forget(adaptor)
 
     def _program(self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch) -> Program:
         n_tokens, n_outputs, n_kv = len(batch.tokens), len(batch.out_ids), cache.n_kv(batch.cells)
-        key = (model.hp, weights.layout, cache.layout, n_tokens, n_outputs, n_kv)
+        part = batch.first_layer, tuple(batch.states)
+        key = (model.hp, weights.layout, cache.layout, n_tokens, n_outputs, n_kv, part)
         program = self._programs.get(key)
         if program is None:
             self._trim()
@@ -150,6 +174,8 @@ class Engine:
                 n_outputs=n_outputs,
                 n_kv=n_kv,
                 flash_attn=self.flash_attn,
+                first_layer=batch.first_layer,
+                boundaries=batch.states,
             )
             self._programs[key] = program
         self._programs.move_to_end(key)

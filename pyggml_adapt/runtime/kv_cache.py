@@ -6,11 +6,12 @@ Source: llama.cpp src/llama-kv-cache.cpp, src/llama-kv-cells.h
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyggml_adapt.errors import AllocError, ContextFullError, ParameterError
+from pyggml_adapt.errors import AllocError, ClosedError, ContextFullError, ParameterError
 from pyggml_adapt.ggml import Buffer, Context, Tensor, TensorTable, Type
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class KVCache:
         if not 1 <= n_seq_max <= N_SEQ_MAX:
             raise ParameterError(f"n_seq_max = {n_seq_max} is not from 1 to {N_SEQ_MAX}")
         self.n_ctx, self.n_seq_max, self.type_k, self.type_v = n_ctx, n_seq_max, type_k, type_v
-        self.n_cells = _pad(n_ctx)
+        self.n_cells, self._v_trans = _pad(n_ctx), not flash_attn
         self.pos = np.full(self.n_cells, -1, dtype=np.int32)  # -1: empty
         self.seqs = np.zeros(self.n_cells, dtype=np.uint64)  # bit s: belongs to sequence s
         self._n_used = 0  # cells in use
@@ -69,6 +70,7 @@ class KVCache:
                 f"or a smaller type"
             ) from error
         self._buffer = Buffer.from_mapping(memory)
+        self._memory: mmap.mmap | None = memory
         self.k_l: list[Tensor] = []
         self.v_l: list[Tensor] = []
         offset = 0
@@ -146,6 +148,38 @@ class KVCache:
             hit &= self.pos < p1
         self.seqs[hit] |= np.uint64(1 << target)
 
+    def copy(self, source: KVCache, n_tokens: int, n_layer: int) -> int:
+        """Copy the K and V of the first n_layer layers in the first n_tokens cells; return the bytes copied.
+
+        The other cache has the same types and layers.  The cells are not marked: store() does that.
+        Raises: ClosedError.
+        """
+        copied = 0
+        for ours, theirs in zip(self._rows(n_layer), source._rows(n_layer), strict=True):
+            if ours.ndim == 2:
+                ours[:n_tokens] = theirs[:n_tokens]
+            else:
+                ours[:, :n_tokens] = theirs[:, :n_tokens]
+            copied += theirs.nbytes // source.n_cells * n_tokens
+        return copied
+
+    def _rows(self, n_layer: int) -> Iterator[np.ndarray]:
+        """Yield the bytes of each K and V of the first layers: [n_cells, row]; if transposed [row, n_cells, 1 element].
+
+        They keep the memory alive, so another thread may close the cache meanwhile.
+        """
+        if self._memory is None:
+            raise ClosedError("this KV cache is closed")
+        offset = 0
+        for il in range(n_layer):
+            for tensor in (self.k_l[il], self.v_l[il]):
+                data = np.frombuffer(self._memory, np.uint8, tensor.nbytes, offset)
+                offset += tensor.nbytes
+                if tensor is self.v_l[il] and self._v_trans:
+                    yield data.reshape(tensor.ne[0], self.n_cells, -1)
+                else:
+                    yield data.reshape(self.n_cells, -1)
+
     def mask(self, pos: np.ndarray, seq_id: np.ndarray, n_kv: int) -> np.ndarray:
         """Return bool [n_tokens, n_kv]: each token sees the cells of its sequence up to its own position."""
         if self._in_order and len(pos) == 1 and self._n_used == self.used_max:  # decoding: spare it the searches
@@ -160,6 +194,7 @@ class KVCache:
         """Give the memory back."""
         self._ctx.close()
         self._buffer.close()
+        self._memory = None
 
 
 def _pad(n: int) -> int:

@@ -32,12 +32,14 @@ class Memory:
     """What a host uses, in bytes.
 
     foundation, adaptors: pages of the mapped files.  kv: of all sessions' caches, as allocated; pages that were never
-    written take no memory.  compute: of graphs and their compute buffers.  process: the whole process.
+    written take no memory.  boundary: of the hidden states that sessions keep for forks, likewise.
+    compute: of graphs and their compute buffers.  process: the whole process.
     """
 
     foundation: Pages
     adaptors: Mapping[str, Pages]
     kv: int
+    boundary: int
     compute: int
     process: Pages
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from pyggml_adapt.errors import BusyError, ClosedError, ContextFullError, Parame
 from pyggml_adapt.models import Model
 from pyggml_adapt.runtime.batch import UBatch, as_tokens, split
 from pyggml_adapt.runtime.engine import Engine
+from pyggml_adapt.runtime.fork import Boundaries, ForkReport, choose, first_difference
 from pyggml_adapt.runtime.kv_cache import KVCache
 from pyggml_adapt.runtime.sampling import SamplerParams, sample
-from pyggml_adapt.weights.store import TaskWeights
+from pyggml_adapt.weights.task import TaskWeights
 
 _NOTHING = np.empty(0, dtype=np.int32)
+_NOTHING_TO_EVALUATE = "there is nothing to evaluate: the session was rewound or used since its last token"
 
 S = TypeVar("S", bound="Session")
 
@@ -49,15 +51,26 @@ class Session:
         *,
         n_batch: int,
         n_ubatch: int,
+        open_session: Callable[..., Any],
         on_close: Callable[[Session], None],
+        differences: Iterable[int | None] = (),
     ):
+        """open_session: called as Host.session() to make a fork.  differences: the first layers that forks will differ
+        in, see first_difference().
+        """
+        hp = model.hp
+        n_boundaries = cache.nbytes // cache.n_cells // (hp.n_embd * 4)  # so that they take no more than the KV cache
+        self._kept = Boundaries(choose(differences, hp.n_layer, n_boundaries), hp, cache.n_ctx)
         self.task = weights.task
         self.n_ctx, self.n_vocab = cache.n_ctx, model.hp.n_vocab
         self.n_batch, self.n_ubatch = n_batch, n_ubatch
         self._engine, self._model, self._weights, self._cache = engine, model, weights, cache
-        self._on_close = on_close
+        self._open_session, self._on_close = open_session, on_close
+        self.fork_report: ForkReport | None = None  # of the fork that made this session
         self._tokens: list[int] = []
         self._n_evaluated = 0  # of the tokens: their K and V are in the cache; a token generated last is not yet
+        self._ends: list[int] = []  # of its first evaluations, as long as they were of several tokens, and are whole
+        self._last: tuple[int, np.ndarray | None] = (0, None)  # the number of tokens up to the last, and its logits
         self._dirty = False  # an evaluation did not finish: cells after the evaluated tokens may be in use
         self._closed = False
         self._generation: Generation | None = None  # the one that may go on
@@ -78,6 +91,30 @@ class Session:
         """Return the bytes of its KV cache."""
         return self._cache.nbytes
 
+    @property
+    def boundary_nbytes(self) -> int:
+        """Return the bytes of the hidden states that it keeps for forks."""
+        return self._kept.nbytes
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Return the layers whose inputs it keeps for forks, ascending; n_layer stands for the head."""
+        return self._kept.layers
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """Return the logits, F32 [n_vocab], of the last evaluated token; None before any, or if it was rewound.
+
+        Without all_logits it is the array that eval() returned.
+        """
+        n_tokens, logits = self._last
+        return logits if n_tokens == self._n_evaluated else None
+
+    @property
+    def _n_whole(self) -> int:
+        """Return the number of tokens in the evaluations that a fork repeats one by one; the rest it takes together."""
+        return self._ends[-1] if self._ends else 0
+
     def eval(self, ids: Sequence[int] | np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         """Append token ids and return the logits, F32 [n_vocab], of the last; [n_tokens, n_vocab] with all_logits.
 
@@ -91,23 +128,46 @@ class Session:
         with self._lock:
             self._check_open()
             self.check_fits(len(new))
-            self._clean()
             waiting = self._tokens[self._n_evaluated :]
             if not waiting and not new.size:
-                raise TokenError("there is nothing to evaluate: the session was rewound or used since its last token")
+                raise TokenError(_NOTHING_TO_EVALUATE)
             tokens = np.concatenate([np.array(waiting, dtype=np.int32), new]) if waiting else new
-            logits = self._evaluate(tokens, all_logits)
-            self._tokens.extend(new.tolist())
-            self._n_evaluated = len(self._tokens)
-            self._dirty = False
+            logits = self._append(tokens, all_logits)
         return logits[len(waiting) :] if all_logits else logits[0]
 
-    def _evaluate(self, tokens: np.ndarray, all_logits: bool) -> np.ndarray:
+    def _append(
+        self, tokens: np.ndarray, all_logits: bool = False, first_layer: int = 0, source: Boundaries | None = None
+    ) -> np.ndarray:
+        """Evaluate the tokens that follow the evaluated ones, and return the logits of the last or of all.
+
+        The first of them may be known already.  first_layer, source: where to start from, if not from tokens.
+        """
+        self._clean()
+        n_past = len(self._tokens)
+        whole = len(tokens) > 1 and self._n_whole == n_past
+        logits = self._evaluate(tokens, all_logits, whole, first_layer, source)
+        self._tokens.extend(tokens[n_past - self._n_evaluated :].tolist())
+        self._n_evaluated = len(self._tokens)
+        self._dirty = False
+        self._last = self._n_evaluated, logits[-1].copy() if all_logits else logits[0]
+        if whole:
+            self._ends.append(self._n_evaluated)
+        return logits
+
+    def _evaluate(
+        self, tokens: np.ndarray, all_logits: bool, whole: bool, first_layer: int, source: Boundaries | None
+    ) -> np.ndarray:
         logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
-        done = 0
+        done, n_past = 0, self._n_evaluated
         self._dirty = True
-        for piece, pos, out_ids in split(tokens, self._n_evaluated, self.n_batch, self.n_ubatch, all_logits=all_logits):
+        for piece, pos, out_ids in split(tokens, n_past, self.n_batch, self.n_ubatch, all_logits=all_logits):
             batch = UBatch(self._cache, piece, pos, np.zeros(len(piece), dtype=np.int64), out_ids)
+            if source is not None:
+                batch.first_layer, batch.embd = first_layer, source.read(first_layer, int(pos[0]), len(piece))
+            if whole:
+                batch.states = self._kept.outputs(
+                    int(pos[0]), len(piece), first_layer=first_layer, with_head=len(out_ids) == 1 and not all_logits
+                )
             self._engine.eval(self._model, self._weights, self._cache, batch, logits[done : done + len(out_ids)])
             done += len(out_ids)
         return logits
@@ -135,7 +195,11 @@ class Session:
         if not 0 <= n_past <= self.n_past:
             raise ParameterError(f"rewind: n_past = {n_past} is not from 0 to {self.n_past}")
         with self._lock:
-            self._n_evaluated = min(self._n_evaluated, n_past)
+            while self._n_whole > n_past:
+                self._ends.pop()
+            if n_past < self._n_evaluated:
+                self._last = 0, None
+                self._n_evaluated = n_past
             self._cache.seq_rm(0, self._n_evaluated)
             del self._tokens[n_past:]
 
@@ -149,15 +213,130 @@ class Session:
     ) -> Generation:
         """Return an iterator over the token ids that follow `ids`; it ends with the first of stop_ids.
 
+        ids: may be empty where the session's last token is evaluated or was generated: generation goes on from there.
         max_tokens: None for as many as fit.
         Raises: as eval, at once.
         """
         self._check_open()
         if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 0):
             raise ParameterError(f"max_tokens = {max_tokens!r} is neither None nor a whole number from 0 on")
-        tokens = as_tokens(ids, self.n_vocab)
+        empty = not ids.size if isinstance(ids, np.ndarray) else isinstance(ids, Sequence) and not ids
+        tokens = _NOTHING if empty and self._can_go_on else as_tokens(ids, self.n_vocab)
         self.check_fits(len(tokens))
         return Generation(self, tokens, max_tokens, params, stop_ids)
+
+    @property
+    def _can_go_on(self) -> bool:
+        return self.logits is not None or self._n_evaluated < len(self._tokens)
+
+    def _go_on(self) -> np.ndarray:
+        """Return the logits that the next token follows from."""
+        self._check_open()
+        if self._n_evaluated < len(self._tokens):
+            return self._advance(_NOTHING)
+        logits = self.logits
+        if logits is None:
+            raise TokenError(_NOTHING_TO_EVALUATE)
+        return logits
+
+    def fork(self: S, task: str | None = None, *, n_ctx: int | None = None, forks: Collection[str] = ()) -> S:
+        """Return a new session with these tokens under another task, computed only from the first layer that differs.
+
+        It is bit for bit a fresh session with that task that is given the same calls: each eval() of several tokens as
+        it was, and everything from the first token on that came alone (generated, or by itself), or from a call that
+        was partly rewound, in one call.  Where no weight differs, as for the same task (None), the fork is a copy.
+        How much is reused depends on this session's `forks`; the new one's `fork_report` says how much was.
+        n_ctx: by default this session's.  forks: as in Host.session().  This session waits, and stays as it is.
+        Raises: ContextFullError, ClosedError, TokenError (a token that the task's vocabulary lacks); as Host.session().
+        """
+        self._check_open()
+        task = self.task if task is None else task
+        forked: S = self._open_session(task, n_ctx=self.n_ctx if n_ctx is None else n_ctx, forks=forks)
+        try:
+            with self._lock:
+                self._check_open()
+                forked.fork_report = forked._take(self)
+        except BaseException:
+            forked.close()
+            raise
+        return forked
+
+    def _take(self, source: Session) -> ForkReport:
+        """Become, empty as it is, what a fork of `source`, whose lock is held, must be."""
+        n_layer, known = self._model.hp.n_layer, source.tokens  # a generation may append to them meanwhile
+        self.check_fits(len(known))
+        differs = first_difference(source._model, source._weights, self._model, self._weights)
+        if differs is None:
+            copied = self._copy(source, known)
+            return ForkReport(self.task, len(known), len(known), None, n_layer, n_layer, float(bool(known)), copied)
+        tokens = as_tokens(known, self.n_vocab) if known else _NOTHING
+        first_layer = source._kept.highest(differs)
+        if differs == n_layer:
+            n_reused, n_computed, copied = self._take_all_layers(source, tokens, first_layer)
+            first_layer = n_layer
+        else:
+            n_reused, n_computed, copied = self._take_layers(source, tokens, first_layer)
+        if self.n_past < tokens.size:
+            n_computed += (tokens.size - self.n_past) * n_layer
+            self._append(tokens[self.n_past :])
+        saved = 1 - n_computed / (tokens.size * n_layer) if known else 0.0
+        first_layer = first_layer if n_reused else 0
+        return ForkReport(self.task, len(known), n_reused, differs, first_layer, n_layer, saved, copied)
+
+    def _take_layers(self, source: Session, tokens: np.ndarray, first_layer: int) -> tuple[int, int, int]:
+        """Take the layers below first_layer, and compute the others from its input, call by call.
+
+        Returns the number of tokens reused, of layers computed for a token, and of bytes of K and V copied.
+        """
+        n_reused, kept = source._n_whole if first_layer else 0, source._kept
+        copied = self._cache.copy(source._cache, n_reused, first_layer)
+        self._kept.inherit(kept, n_reused, first_layer)
+        for end in source._ends:
+            self._append(tokens[self.n_past : end], first_layer=first_layer, source=kept if first_layer else None)
+        return n_reused, source._n_whole * (self._model.hp.n_layer - first_layer), copied
+
+    def _take_all_layers(self, source: Session, tokens: np.ndarray, first_layer: int) -> tuple[int, int, int]:
+        """Take every layer, and compute the logits of the last call, if no token came after it.
+
+        From the head's input if it was kept, else for the last piece of the call from first_layer's.  Returns as
+        _take_layers().
+        """
+        n_whole, n_layer, kept = source._n_whole, self._model.hp.n_layer, source._kept
+        copied = self._cache.copy(source._cache, n_whole, n_layer)
+        self._kept.inherit(kept, n_whole, n_layer)
+        n_last = 0
+        if kept.has_head(n_whole):
+            first_layer, n_last = n_layer, 1
+        elif n_whole:
+            n_call = n_whole - (source._ends[-2] if len(source._ends) > 1 else 0)
+            n_last = (n_call - 1) % self.n_batch % self.n_ubatch + 1
+        if n_whole < tokens.size:
+            n_last = 0
+        self._take_tokens(tokens[: n_whole - n_last].tolist())
+        if n_last:
+            last = tokens[n_whole - n_last : n_whole]
+            self._append(last, first_layer=first_layer, source=kept if first_layer else None)
+        self._ends = source._ends.copy()
+        return n_whole - (n_last if first_layer < n_layer else 0), n_last * (n_layer - first_layer), copied
+
+    def _copy(self, source: Session, tokens: list[int]) -> int:
+        """Take everything over; return the bytes of K and V copied."""
+        n_layer = self._model.hp.n_layer
+        copied = self._cache.copy(source._cache, source._n_evaluated, n_layer)
+        self._kept.inherit(source._kept, source._n_whole, n_layer)
+        self._take_tokens(tokens[: source._n_evaluated])
+        self._tokens = tokens
+        self._ends = source._ends.copy()
+        logits = source.logits
+        self._last = self._n_evaluated, None if logits is None else logits.copy()
+        return copied
+
+    def _take_tokens(self, tokens: list[int]) -> None:
+        """Take tokens whose K and V were copied for evaluated."""
+        if tokens:
+            cells = np.arange(len(tokens), dtype=np.int64)
+            self._cache.store(cells, cells.astype(np.int32), np.zeros_like(cells))
+        self._tokens, self._n_evaluated = tokens, len(tokens)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -170,6 +349,7 @@ class Session:
         """
         if not self._closed:
             self._cache.close()
+            self._kept = Boundaries((), self._model.hp, self.n_ctx)
             self._closed = True
             self._on_close(self)
 
@@ -216,7 +396,7 @@ class Generation:
         looks_back = self.params.repeat_penalty != 1.0
         session._generation = self
         start = time.perf_counter()
-        logits = session.eval(prompt)
+        logits = session.eval(prompt) if prompt.size else session._go_on()
         timings.prompt_n, timings.prompt_ms = len(prompt), (time.perf_counter() - start) * 1e3
         while self.finish_reason is None:
             if len(self.tokens) >= max_tokens or session.n_past >= session.n_ctx:

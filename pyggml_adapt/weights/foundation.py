@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pyggml_adapt.errors import AdaptorError, StrPath
 from pyggml_adapt.ggml import GGUFReader
-from pyggml_adapt.weights.identity import kind
+from pyggml_adapt.weights.identity import kind, small_metadata
 from pyggml_adapt.weights.mapping import MappedFile
 
 
@@ -14,6 +16,7 @@ class Foundation(MappedFile):
     def __init__(self, path: StrPath, *, use_mmap: bool = True, use_mlock: bool = False):
         """Raises: FileAccessError, FileFormatError; AdaptorError (adaptor_invalid) if the file is an adaptor."""
         self.reader = GGUFReader(path)  # kept: each adaptor is compared with it
+        self.metadata: Mapping[str, object] = small_metadata(self.reader)
         found = kind(self.reader)
         if found not in ("foundation", "model"):
             raise AdaptorError(
@@ -26,8 +29,13 @@ class Foundation(MappedFile):
                 f"sets, and llama.cpp's gguf-split --merge joins them",
                 code="adaptor_invalid",
             )
-        super().__init__(self.reader, use_mmap=use_mmap, use_mlock=use_mlock)
+        super().__init__(self.reader.path, self.reader.tensors.values(), use_mmap=use_mmap, use_mlock=use_mlock)
         self.is_complete = found == "model"  # a model by itself, so that it is the task `base` too
+
+    def full_metadata(self) -> dict[str, object]:
+        """Return all metadata, read again from the file with its large arrays."""
+        with GGUFReader(self.path) as reader:
+            return dict(reader.metadata)
 
     def close(self) -> None:
         """Unmap the file."""

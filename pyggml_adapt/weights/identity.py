@@ -23,9 +23,10 @@ from pyggml_adapt.ggml.gguf import GGUFReader, TensorInfo
 
 PREFIX = "pyggml_adapt."
 FORMAT = 1  # of the keys below; a reader refuses a higher one
-COMPLEMENT, OVERLAY = "complement", "overlay"
+COMPLEMENT, OVERLAY, LOW_RANK = "complement", "overlay", "low-rank"  # layouts
 BLOCK_NBYTES = 4 << 20
 _EDGE_NBYTES = 1024  # of each end of a tensor that a fingerprint covers
+_LARGE = ("tokenizer.", PREFIX)  # arrays below these keys are read again when they are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,15 @@ def kind(reader: GGUFReader) -> str:
     return "model"
 
 
+def small_metadata(reader: GGUFReader) -> dict[str, object]:
+    """Return the metadata without large arrays."""
+    return {
+        key: reader.value(key)
+        for key in reader.metadata
+        if not (key.startswith(_LARGE) and reader.kv_type(key)[0] == "arr")
+    }
+
+
 def get(reader: GGUFReader, name: str, wanted: tuple[str, str | None]) -> Any:
     """Return the value of one of our keys.  Raises: FileFormatError if it is absent or of another type."""
     key = PREFIX + name
@@ -166,6 +176,11 @@ def foundation_entries(reader: GGUFReader) -> dict[str, Entry]:
     Raises: FileFormatError.
     """
     _check_format(reader)
+    return own_entries(reader)
+
+
+def own_entries(reader: GGUFReader) -> dict[str, Entry]:
+    """Return a file's tensors with the digests that it carries of them.  Raises: FileFormatError."""
     digests = array(reader, "tensors.sha256", "u8", 32 * len(reader.tensors)).tobytes()
     return {
         name: Entry(name, info.type, info.ne, digests[32 * i : 32 * i + 32])
@@ -173,20 +188,34 @@ def foundation_entries(reader: GGUFReader) -> dict[str, Entry]:
     }
 
 
+def layout_of(reader: GGUFReader) -> str:
+    """Return an adaptor's layout: ours, or "lora" for llama.cpp's.
+
+    Raises: AdaptorError(adaptor_invalid) if it is no adaptor, FileFormatError for a layout that is not known.
+    """
+    found = kind(reader)
+    if found == "lora":
+        return found
+    if found != "adaptor":
+        raise AdaptorError(f"{reader.path}: not an adaptor written by `split`, but a {found}", code="adaptor_invalid")
+    _check_format(reader)
+    layout = text(reader, "layout")
+    if layout not in (COMPLEMENT, OVERLAY, LOW_RANK):
+        raise FileFormatError(f"unknown layout {layout!r}", path=reader.path, key=PREFIX + "layout")
+    return layout
+
+
 def read_adaptor(reader: GGUFReader) -> AdaptorIdentity:
-    """Return what an adaptor of ours says of itself, checked against its own tensors; its data is not read.
+    """Return what an adaptor of whole tensors says of itself, checked against its own; its data is not read.
 
     Raises: AdaptorError(adaptor_invalid) if it is none; FileFormatError if its keys are not sound.
     """
-    if kind(reader) != "adaptor":
+    layout = layout_of(reader)
+    if layout not in (COMPLEMENT, OVERLAY):
         raise AdaptorError(
-            f"{reader.path}: not an adaptor written by `pyggml-adapt split`, but a {kind(reader)}",
+            f"{reader.path}: not an adaptor of whole tensors, but {layout}; `pyggml-adapt bake` makes one of it",
             code="adaptor_invalid",
         )
-    _check_format(reader)
-    layout = text(reader, "layout")
-    if layout not in (COMPLEMENT, OVERLAY):
-        raise FileFormatError(f"unknown layout {layout!r}", path=reader.path, key=PREFIX + "layout")
     tensors = _source_entries(reader)
     for info in reader.tensors.values():
         entry = tensors.get(info.name)
@@ -277,7 +306,9 @@ def _compare(foundation: GGUFReader, identity: AdaptorIdentity, entries: Mapping
 
 
 def _mismatch(foundation: GGUFReader, identity: AdaptorIdentity, detail: str) -> AdaptorError:
-    return AdaptorError(
-        f"{identity.path}: the adaptor {identity.task!r} does not belong to {foundation.path}: {detail}",
-        code="adaptor_base_mismatch",
-    )
+    return mismatch(f"{identity.path}: the adaptor {identity.task!r}", foundation.path, detail)
+
+
+def mismatch(adaptor: str, foundation: str, detail: str) -> AdaptorError:
+    """Return the error for an adaptor and a foundation that are not made for each other."""
+    return AdaptorError(f"{adaptor} does not belong to {foundation}: {detail}", code="adaptor_base_mismatch")

@@ -1,6 +1,7 @@
 """The graph, node by node, against llama.cpp's: names and values."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 from reference import Reference, lib
@@ -74,7 +75,7 @@ def weights():
     for i, name in enumerate(("token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_q.bias")):
         sources[name] = data.new_tensor(Type.F32, (4,), name)
         buffer.place(sources[name], 64 * i)
-    return Weights(Slots(CGraph(ctx, 64)), sources), sources
+    return Weights(Slots(CGraph(ctx, 64)), SimpleNamespace(tensors=sources, factors={}, pairs={})), sources
 
 
 def test_weights_by_name():

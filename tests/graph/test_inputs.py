@@ -13,6 +13,7 @@ class Batch:
     pos = np.array([8, 9], np.int32)
     cells = np.array([3, 1], np.int64)
     out_ids = np.array([1], np.int32)
+    embd = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
 
     def mask(self, n_kv):
         mask = np.zeros((2, n_kv), bool)
@@ -20,11 +21,11 @@ class Batch:
         return mask
 
 
-def filled(flash_attn, *, with_mask=True, **rotations):
+def filled(flash_attn, *, unused=(), **options):
     ctx = Context(Context.size_for(32))
-    inputs = Inputs(ctx, n_tokens=2, n_outputs=1, n_kv=4, n_cells=4, n_embd_v_gqa=3, flash_attn=flash_attn, **rotations)
-    names = ("tokens", "pos", "k_idxs", "v_idxs", "out_ids", "k_rot", "v_rot", *(["kq_mask"] if with_mask else []))
-    tensors = [getattr(inputs, name) for name in names if getattr(inputs, name) is not None]
+    inputs = Inputs(ctx, n_tokens=2, n_outputs=1, n_kv=4, n_cells=4, n_embd_v_gqa=3, flash_attn=flash_attn, **options)
+    names = ("tokens", "embd", "pos", "k_idxs", "v_idxs", "out_ids", "k_rot", "v_rot", "kq_mask")
+    tensors = [getattr(inputs, name) for name in names if name not in unused and getattr(inputs, name) is not None]
     buffer = Buffer.allocate(Device.cpu().buffer_type, 1 << 20)
     for i, tensor in enumerate(tensors):
         buffer.place(tensor, i << 16)
@@ -57,7 +58,20 @@ def test_no_outputs():
 
 
 def test_a_mask_that_no_node_uses_is_not_written():
-    assert not filled(True, with_mask=False).kq_mask.is_allocated
+    assert not filled(True, unused=("kq_mask",)).kq_mask.is_allocated
+
+
+def test_hidden_states_take_the_place_of_tokens():
+    inputs = filled(True, unused=("tokens",), n_embd=4)
+    assert (inputs.embd.name, inputs.embd.type, inputs.embd.ne) == ("inp_embd", Type.F32, (4, 2, 1, 1))
+    np.testing.assert_array_equal(inputs.embd.to_numpy(), Batch.embd)
+    assert not inputs.tokens.is_allocated and inputs.pos.to_numpy().tolist() == [8, 9]
+
+
+def test_a_graph_of_the_head_alone_has_only_hidden_states():
+    unused = ("tokens", "pos", "k_idxs", "v_idxs", "out_ids", "k_rot", "v_rot", "kq_mask")
+    inputs = filled(False, unused=unused, n_embd=4, k_rot=64, v_rot=64)
+    np.testing.assert_array_equal(inputs.embd.to_numpy(), Batch.embd)
 
 
 def test_names():

@@ -136,7 +136,7 @@ def test_activate_is_cheap_and_decides_what_runs(parts):
             session.eval(random_ids(3))
             swaps = [host.activate(task) for task in ("code", "base") * 100]
         assert np.median([swap.ms for swap in swaps]) < 2.0  # a reload would take longer; `make bench` measures it
-        adaptor = host._tasks["code"].weights.adaptor
+        (adaptor,) = (each for each in host.adaptors if each.name == "code")
         assert swaps[0].task == "code" and swaps[0].loaded_nbytes == adaptor.nbytes > 0
         host.activate("sum")
         assert host.active == "sum"

@@ -22,7 +22,12 @@ def host(tiny_gguf):
 
 @pytest.fixture
 def hp(host):
-    return host._task(None).model.hp
+    return hp_of(host)
+
+
+def hp_of(host):
+    with host.session(n_ctx=1) as session:
+        return session._model.hp
 
 
 def store(cache, pos, seq_id):
@@ -148,10 +153,10 @@ def test_quantised_cache_needs_whole_blocks(tiny_gguf):
 
 def evaluate(host, cache, tokens, pos, seq_id, out_ids):
     """Return the logits of one batch, through the engine."""
-    loaded = host._task(None)
     arrays = [np.array(x, t) for x, t in ((tokens, np.int32), (pos, np.int32), (seq_id, np.int64), (out_ids, np.int32))]
-    out = np.empty((len(out_ids), loaded.model.hp.n_vocab), np.float32)
-    host._engine.eval(loaded.model, loaded.weights, cache, UBatch(cache, *arrays), out)
+    with host.session(n_ctx=1) as session:
+        out = np.empty((len(out_ids), session.n_vocab), np.float32)
+        host._engine.eval(session._model, session._weights, cache, UBatch(cache, *arrays), out)
     return out
 
 
@@ -165,7 +170,7 @@ def test_two_sequences_in_one_batch(tiny_gguf, flash_attn):
     steps += [(b[17:] + a[20:], [*range(17, 21), *range(20, 30)], [1] * 4 + [0] * 10)]
     options = {"n_threads": 1, "flash_attn": flash_attn}
     with Reference(path, n_seq_max=2, **options) as reference, pga.Host(path, **options) as host:
-        cache = KVCache(host._task(None).model.hp, 512, n_seq_max=2, flash_attn=flash_attn)
+        cache = KVCache(hp_of(host), 512, n_seq_max=2, flash_attn=flash_attn)
         for tokens, pos, seq_id in steps:
             out_ids = range(len(tokens))
             want = reference.decode(tokens, pos, seq_id, out_ids)
@@ -189,6 +194,35 @@ def test_cells_that_were_freed_are_used_again(host, hp):
     cache.seq_rm(1)
     got = evaluate(host, cache, c, range(8), [1] * 8, range(8))
     np.testing.assert_array_equal(got, evaluate(host, fresh, c, range(8), [1] * 8, range(8)))
+
+
+@pytest.mark.parametrize(("type_k", "type_v", "flash_attn"), [
+    ("F16", "F16", True), ("F16", "F16", False), ("F32", "BF16", False), ("Q8_0", "Q4_0", True),
+])  # fmt: skip
+def test_copy(hp, type_k, type_v, flash_attn):
+    """The first tokens of the first layers, byte for byte, also into a cache of another size; nothing else."""
+    options = {"type_k": Type[type_k], "type_v": Type[type_v], "flash_attn": flash_attn}
+    source, cache = KVCache(hp, 256, **options), KVCache(hp, 300, **options)
+    rng = np.random.default_rng(0)
+    for tensor in (*source.k_l, *source.v_l):
+        tensor.set_data(rng.integers(1, 256, tensor.nbytes, dtype=np.uint8))
+    n, (k, v) = 20, (Type[type_k].row_size(hp.n_embd_k_gqa), Type[type_v].row_size(hp.n_embd_v_gqa))
+    assert cache.copy(source, n, 1) == n * (k + v)
+    assert (cache.used_max, hp.n_layer) == (0, 2)
+
+    def rows(cache, il):
+        shape = (hp.n_embd_v_gqa, cache.n_cells, -1) if not flash_attn else (cache.n_cells, -1)
+        v_bytes = cache.v_l[il].get_data(np.empty(cache.v_l[il].nbytes, np.uint8)).reshape(shape)
+        k_bytes = cache.k_l[il].get_data(np.empty(cache.k_l[il].nbytes, np.uint8)).reshape(cache.n_cells, -1)
+        return k_bytes, v_bytes if flash_attn else v_bytes.swapaxes(0, 1)
+
+    for ours, theirs in zip(rows(cache, 0), rows(source, 0), strict=True):
+        np.testing.assert_array_equal(ours[:n], theirs[:n])
+        assert not ours[n:].any()
+    assert not any(each.any() for each in rows(cache, 1))
+    source.close()
+    with pytest.raises(ClosedError, match="closed"):
+        cache.copy(source, n, 1)
 
 
 def test_split():

@@ -59,7 +59,6 @@ def test_kinds_of_ids(session, ids):
 
 
 @pytest.mark.parametrize(("ids", "message"), [
-    ([], "there are no tokens to evaluate"),
     ([1, -1], r"token id -1 at position 1 is not from 0 to \d+"),
     ([1, 2, 10**6], r"token id 1000000 at position 2 is not from 0 to \d+"),
     ([2**63], r"token id 9223372036854775808 at position 0 is not from 0 to \d+"),
@@ -79,6 +78,38 @@ def test_ids_that_cannot_be(host, session, ids, message):
     with pytest.raises(TokenError, match=f"^{message}"):
         session.generate_ids(ids, max_tokens=1, params=GREEDY)
     assert session.tokens == [1]
+
+
+def test_no_ids(session):
+    for use in (session.eval, lambda ids: session.generate_ids(ids, max_tokens=1, params=GREEDY)):
+        for ids in ([], (), np.array([], dtype=np.int32)):
+            with pytest.raises(TokenError, match=r"^there are no tokens to evaluate$"):
+                use(ids)
+
+
+def test_generation_goes_on_without_ids(host, session):
+    ids = random_ids(20)
+    logits = session.eval(ids)
+    assert np.shares_memory(session.logits, logits)
+    with pytest.raises(TokenError, match=r"^there are no tokens to evaluate$"):
+        session.eval([])
+    tokens = list(session.generate_ids([], max_tokens=3, params=GREEDY))
+    tokens += session.generate_ids([], max_tokens=3, params=GREEDY)  # from the token generated last
+    with host.session(n_ctx=256) as other:
+        assert list(other.generate_ids(ids, max_tokens=6, params=GREEDY)) == tokens
+
+
+def test_logits_of_the_last_token(session):
+    assert session.logits is None
+    rows = session.eval(random_ids(20), all_logits=True)
+    np.testing.assert_array_equal(session.logits, rows[-1])
+    assert not np.shares_memory(session.logits, rows)  # which may be large
+    session.rewind(20)
+    np.testing.assert_array_equal(session.logits, rows[-1])
+    session.rewind(19)
+    assert session.logits is None
+    with pytest.raises(TokenError, match=r"^there are no tokens to evaluate$"):
+        session.generate_ids([], max_tokens=1, params=GREEDY)
 
 
 def test_rewind_is_as_if_it_never_was(host, session):
