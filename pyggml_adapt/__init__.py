@@ -6,7 +6,7 @@ from pyggml_adapt.info import build_info
 from pyggml_adapt.runtime.host import Host, Swap
 from pyggml_adapt.runtime.sampling import SamplerParams
 from pyggml_adapt.runtime.session import Session
-from pyggml_adapt.tools import inspect, link, merge, split, verify
+from pyggml_adapt.tools import bake, inspect, link, merge, split, verify
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "SamplerParams",
     "Session",
     "Swap",
+    "bake",
     "build_info",
     "errors",
     "ggml",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyggml_adapt.tools import FileInfo
 
 
 def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -49,5 +52,18 @@ def run(args: argparse.Namespace) -> int:
         types = " ".join(f"{name}:{n}" for name, n in info.types.items())
         texts = (info.path, kind, info.task, info.architecture, str(info.n_tensors), decimal(info.nbytes), types)
         table.add_row(*map(escape, texts), info.foundation_id[:12])
-    tables().print(table)
+    console = tables()
+    console.print(table)
+    for info in found:
+        if info.n_pairs or info.n_whole:
+            console.print(f"{info.path}: {_low_rank(info)}", soft_wrap=True, markup=False)
     return 0
+
+
+def _low_rank(info: FileInfo) -> str:
+    ranks = ", ".join(f"rank {rank}: {n}" for rank, n in info.ranks.items())
+    alpha = "no alpha" if info.alpha is None else f"alpha {info.alpha:g}"
+    error = "" if info.max_error is None else f", largest error of a pair {info.max_error:.2g}"
+    return (
+        f"{info.n_pairs} low-rank pairs{f' ({ranks})' if ranks else ''}, {info.n_whole} whole tensors, {alpha}{error}"
+    )

@@ -12,7 +12,8 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "verify",
         parents=[common],
         help="check that files belong together and are undamaged",
-        description="Check that the adaptors belong to the foundation, and hash every tensor of all of them.",
+        description="Check that the adaptors belong to the foundation, hash every tensor of all of them, and look for "
+        "weights that are NaN or infinite.",
     )
     parser.add_argument("foundation", metavar="FOUNDATION", help="the foundation")
     parser.add_argument("adaptors", nargs="*", metavar="ADAPTOR", help="its adaptors")
@@ -25,10 +26,15 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from pyggml_adapt.cli.console import progress_bar
+    from pyggml_adapt.errors import FileFormatError
     from pyggml_adapt.tools import verify
 
     with progress_bar() as progress:
         report = verify(args.foundation, *args.adaptors, progress=progress)
+    if report.not_finite:
+        path, name = report.not_finite[0]
+        more = f" (and {len(report.not_finite) - 1} more)" if len(report.not_finite) > 1 else ""
+        raise FileFormatError(f"tensor {name!r}{more} has elements that are NaN or infinite", path=path, key=name)
     if args.json:
         print(json.dumps(asdict(report)))
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyggml_adapt.errors import StrPath
 from pyggml_adapt.ggml.gguf import GGUFReader
-from pyggml_adapt.weights.identity import PREFIX, kind
+from pyggml_adapt.weights.identity import LOW_RANK, PREFIX, kind
+from pyggml_adapt.weights.lowrank import ALPHA, A, B
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,8 @@ class FileInfo:
 
     kind: "model", "shard", "foundation", "adaptor", "lora" or another `adapter.type`.  types: type's name -> number of
     tensors.  nbytes: of the file.  foundation_id: that a foundation has, or that an adaptor asks for.
+    n_pairs, n_whole: low-rank pairs and whole tensors of a low-rank adaptor.  ranks: rank -> number of its pairs.
+    alpha: of its pairs.  max_error: the largest error of a pair, as `split --low-rank` measured it.
     """
 
     path: str
@@ -31,6 +34,11 @@ class FileInfo:
     layout: str = ""
     foundation_id: str = ""
     source_sha256: str = ""
+    n_pairs: int = 0
+    n_whole: int = 0
+    ranks: dict[int, int] = field(default_factory=dict)
+    alpha: float | None = None
+    max_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as `inspect --json` prints them."""
@@ -64,7 +72,26 @@ def _inspect(path: StrPath) -> FileInfo:
             layout=_text(reader, PREFIX + "layout"),
             foundation_id=_text(reader, PREFIX + "foundation.id"),
             source_sha256=_text(reader, PREFIX + "source.sha256"),
+            **(_low_rank(reader) if found == "lora" or _text(reader, PREFIX + "layout") == LOW_RANK else {}),
         )
+
+
+def _low_rank(reader: GGUFReader) -> dict[str, Any]:
+    """Return what is said of low-rank adaptors alone; the file need not be sound."""
+    tensors = reader.tensors
+    pairs = [name[: -len(A)] for name in tensors if name.endswith(A) and name[: -len(A)] + B in tensors]
+    return {
+        "n_pairs": len(pairs),
+        "n_whole": sum(not name.endswith((A, B)) for name in tensors),
+        "ranks": dict(sorted(Counter(tensors[name + B].ne[0] for name in pairs).items())),
+        "alpha": _number(reader, ALPHA),
+        "max_error": _number(reader, PREFIX + "low_rank.max_error"),
+    }
+
+
+def _number(reader: GGUFReader, key: str) -> float | None:
+    value = reader.metadata.get(key)
+    return value if isinstance(value, float) else None
 
 
 def _text(reader: GGUFReader, key: str) -> str:

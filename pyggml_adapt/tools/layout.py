@@ -7,19 +7,30 @@ An adaptor keeps its source's keys in order; one that would mean something else 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pyggml_adapt.errors import FileFormatError
 from pyggml_adapt.ggml.gguf import GGUFReader, GGUFWriter
-from pyggml_adapt.tools.source import GAP_NBYTES_MAX, Scan, Source
-from pyggml_adapt.weights.identity import FORMAT, OVERLAY, PREFIX, AdaptorIdentity, Entry, array, get, text
+from pyggml_adapt.tools.source import GAP_NBYTES_MAX, Scan, Source, equal
+from pyggml_adapt.weights.identity import FORMAT, LOW_RANK, OVERLAY, PREFIX, AdaptorIdentity, Entry, array, get, text
+from pyggml_adapt.weights.lowrank import ALPHA
 
 ALIGNMENT_MIN = 32  # so that every file of ours can be used where it is mapped
 _KV = PREFIX + "source.kv."
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+# what a file says of itself and not of its task, so that a low-rank adaptor does not carry it
+_OF_THE_FILE = (
+    "general.architecture", "general.alignment", "general.type", "general.file_type", "general.quantization_version",
+    "adapter.", "split.", "quantize.", PREFIX,
+)  # fmt: skip
+
+
+def is_of_the_file(key: str) -> bool:
+    """Return whether a metadata key says something of its file, and nothing of the task in it."""
+    return key.startswith(_OF_THE_FILE)
 
 
 def _set_split_keys(writer: GGUFWriter, no: int, n_tensors: int) -> None:
@@ -82,6 +93,38 @@ def adaptor_writer(
     for name in scan.entries:
         if name in own:
             writer.add_tensor(name, scan.entries[name].type, scan.entries[name].ne)
+    return writer
+
+
+def low_rank_writer(
+    source: Source, base: Source, entries: Sequence[Entry], errors: Sequence[float], alpha: float,
+    *, task: str, ident: str, fingerprint: str,
+) -> GGUFWriter:  # fmt: skip
+    """Return the header of a low-rank adaptor, which is a LoRA of llama.cpp's too, with the tensors `entries`.
+
+    errors: of its pairs, in order.  ident, fingerprint: of the foundation `base`.  Metadata of `source` in which it
+    differs from the foundation is carried under its own names.
+    """
+    writer = GGUFWriter(alignment=ALIGNMENT_MIN)
+    writer.set("general.type", "adapter", "str")
+    writer.set("adapter.type", "lora", "str")
+    writer.copy_kv(base.first, "general.architecture")
+    writer.set(ALPHA, alpha, "f32")
+    ours, theirs = source.first.metadata, base.first.metadata
+    for key in source.keys:
+        if not is_of_the_file(key) and not (key in theirs and equal(ours[key], theirs[key])):
+            writer.copy_kv(source.first, key)
+    writer.set(PREFIX + "format", FORMAT, "u32")
+    writer.set(PREFIX + "kind", "adaptor", "str")
+    writer.set(PREFIX + "layout", LOW_RANK, "str")
+    writer.set(PREFIX + "task", task, "str")
+    writer.set(PREFIX + "foundation.id", ident, "str")
+    writer.set(PREFIX + "foundation.fingerprint", fingerprint, "str")
+    writer.set(PREFIX + "tensors.sha256", _digests(entries), "u8")
+    writer.set(PREFIX + "low_rank.error", np.array(errors, np.float32), "f32")
+    writer.set(PREFIX + "low_rank.max_error", max(errors, default=0.0), "f32")
+    for entry in entries:
+        writer.add_tensor(entry.name, entry.type, entry.ne)
     return writer
 
 

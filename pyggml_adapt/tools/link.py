@@ -7,7 +7,8 @@ import os
 from pyggml_adapt.errors import FileAccessError, ParameterError, StrPath
 from pyggml_adapt.ggml.atomic import refuse_overwrite
 from pyggml_adapt.ggml.gguf import GGUFReader
-from pyggml_adapt.weights.identity import OVERLAY, check_pair
+from pyggml_adapt.tools.verify import LORA
+from pyggml_adapt.weights.identity import LOW_RANK, OVERLAY, check_pair, layout_of
 
 
 def link(foundation: StrPath, adaptor: StrPath, directory: StrPath, *, force: bool = False) -> tuple[str, str]:
@@ -15,10 +16,15 @@ def link(foundation: StrPath, adaptor: StrPath, directory: StrPath, *, force: bo
 
     X is the adaptor's name; the first link, to the adaptor, is what llama.cpp's -m takes.
     force: replace what is there.
-    Raises: AdaptorError if the two do not belong together; ParameterError for an overlay adaptor, which llama.cpp
-    cannot load; OverwriteError, FileAccessError.
+    Raises: AdaptorError if the two do not belong together; ParameterError for an overlay or low-rank adaptor, which
+    llama.cpp cannot load so; OverwriteError, FileAccessError.
     """
     with GGUFReader(foundation) as base, GGUFReader(adaptor) as own:
+        if layout_of(own) in (LORA, LOW_RANK):
+            raise ParameterError(
+                f"{own.path}: a low-rank adaptor is no shard of a model; `pyggml-adapt bake` makes an overlay adaptor "
+                f"of it, and `pyggml-adapt merge` a model of that"
+            )
         if check_pair(base, own).layout == OVERLAY:
             raise ParameterError(
                 f"{own.path}: llama.cpp cannot load an overlay adaptor; `pyggml-adapt merge` makes a model of the pair"

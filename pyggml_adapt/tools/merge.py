@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pyggml_adapt.errors import FileFormatError, StrPath
+from pyggml_adapt.errors import FileFormatError, ParameterError, StrPath
 from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.gguf import GGUFReader
 from pyggml_adapt.tools.layout import Original, original
 from pyggml_adapt.tools.source import Progress, beside, ticker
 from pyggml_adapt.tools.split import check_outputs
-from pyggml_adapt.tools.verify import check_digests
-from pyggml_adapt.weights.identity import AdaptorIdentity, blocks, check_pair
+from pyggml_adapt.tools.verify import LORA, check_digests
+from pyggml_adapt.weights.identity import LOW_RANK, AdaptorIdentity, blocks, check_pair, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,16 @@ def merge(
     """Write the whole model of a foundation and an adaptor of ours to `output`.
 
     force: replace a file that exists.
-    Raises: AdaptorError if the two do not belong together; FileFormatError, naming a tensor, if the result is not
-    byte-identical to the model that was split: nothing is written then; OverwriteError, FileAccessError.
+    Raises: AdaptorError if the two do not belong together; ParameterError for a low-rank adaptor; FileFormatError,
+    naming a tensor, if the result is not byte-identical to the model that was split: nothing is written then;
+    OverwriteError, FileAccessError.
     """
     with GGUFReader(foundation) as base, GGUFReader(adaptor) as own:
+        if layout_of(own) in (LORA, LOW_RANK):
+            raise ParameterError(
+                f"{own.path}: a low-rank adaptor has no model to give back; `pyggml-adapt bake` makes an overlay "
+                f"adaptor of it, which merges"
+            )
         check_outputs([os.fsdecode(output)], [base, own], force)
         identity = check_pair(base, own)
         source = original(own, identity)

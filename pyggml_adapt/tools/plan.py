@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyggml_adapt.errors import ParameterError, SourceMismatchError
-from pyggml_adapt.weights.identity import Entry
+from pyggml_adapt.tools.lowrank import LowRankReport, SizeReport
+from pyggml_adapt.weights.identity import LOW_RANK, Entry
 
 FOUNDATION = "the foundation"
 Models = Mapping[str, Mapping[str, Entry]]  # task -> tensor's name -> tensor
@@ -48,6 +49,8 @@ class SplitReport:
     source_nbytes: of all models, an overlay's foundation included.  written_nbytes: of all files written, so without
     an overlay's foundation.
     hints: sentences on how more could be shared.
+    sizes: per task, what its tensors take whole and as low-rank pairs.  low_rank: what became of each tensor of each
+    task, if low-rank pairs were asked for.
     """
 
     foundation_file: FileReport
@@ -58,6 +61,8 @@ class SplitReport:
     written_nbytes: int
     layout: str
     dry_run: bool
+    sizes: tuple[SizeReport, ...] = ()
+    low_rank: tuple[LowRankReport, ...] = ()
 
     @property
     def foundation(self) -> str:
@@ -80,6 +85,8 @@ class SplitReport:
             ],
             "source_nbytes": self.source_nbytes,
             "written_nbytes": self.written_nbytes,
+            "sizes": [asdict(size) for size in self.sizes],
+            **({"low_rank": [asdict(tensor) for tensor in self.low_rank]} if self.layout == LOW_RANK else {}),
         }
 
 

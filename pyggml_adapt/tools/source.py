@@ -92,6 +92,11 @@ class Source:
         """Return the GGUF version of the (merged) file."""
         return 3 if self.is_sharded else self.first.version
 
+    def where(self, name: str) -> tuple[int, int, str]:
+        """Return where the bytes of a tensor are: descriptor, offset, and the file's name."""
+        reader, info = self.tensors[name]
+        return reader.fileno(), info.offset, reader.path
+
     def _check_kind(self) -> None:
         found = kind(self.first)
         if found in ("foundation", "adaptor"):
@@ -265,9 +270,9 @@ def check_same_kind(models: dict[str, Source]) -> None:
     for task, model in others:
         for key in _telling_keys(first, model):
             a, b = first.first.metadata.get(key), model.first.metadata.get(key)
-            if not _equal(a, b):
+            if not equal(a, b):
                 raise SourceMismatchError(
-                    f"{model.path}: {key} differs: {_brief(a)} in {first_task!r}, {_brief(b)} in {task!r}; "
+                    f"{model.path}: {key} differs: {brief(a)} in {first_task!r}, {brief(b)} in {task!r}; "
                     "these models do not come from one base"
                 )
 
@@ -292,7 +297,8 @@ def _telling_keys(a: Source, b: Source) -> list[str]:
     ]
 
 
-def _equal(a: object, b: object) -> bool:
+def equal(a: object, b: object) -> bool:
+    """Return whether two values of metadata are equal, and of one type."""
     if hasattr(a, "tolist"):
         a = a.tolist()
     if hasattr(b, "tolist"):
@@ -300,7 +306,8 @@ def _equal(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
+    """Return a value of metadata in few words."""
     if value is None:
         return "absent"
     if isinstance(value, list):

@@ -1,7 +1,10 @@
 """inspect: what each kind of file is said to be."""
 
+import numpy as np
 import pytest
+from low_rank_models import base_and_task, write_lora
 from raw_gguf import STRING, f32_model, key, string
+from tiny_models import Tiny
 
 from pyggml_adapt.errors import FileAccessError
 from pyggml_adapt.tools import inspect, split
@@ -28,6 +31,19 @@ def test_every_kind_of_file(tmp_path):
     assert found[1].foundation_id == found[2].foundation_id != ""
     assert found[0].to_json()["types"] == {"F32": 2}
     assert found[0].architecture == "llama"
+
+
+def test_low_rank_adaptors(tmp_path):
+    base, task = base_and_task(tmp_path, Tiny(n_layer=1), 2, "attn_q", "attn_v")
+    own = split({"x": task}, tmp_path / "low", foundation=base, low_rank=2).adaptors["x"]
+    pairs = {f"{i}.weight": (np.ones((rank, 8), "f"), np.ones((8, rank), "f")) for i, rank in enumerate((4, 2, 4))}
+    lora = write_lora(tmp_path / "lora.gguf", pairs, alpha=16.0, whole={"output_norm.weight": np.ones(8, "f")})
+    ours, theirs = inspect(own, lora)
+    assert (ours.kind, ours.layout, ours.task, ours.n_pairs, ours.n_whole) == ("adaptor", "low-rank", "x", 2, 0)
+    assert (ours.ranks, ours.alpha) == ({2: 2}, 2.0)
+    assert ours.max_error is not None and 0 < ours.max_error < 1e-3
+    assert (theirs.kind, theirs.layout, theirs.n_pairs, theirs.n_whole) == ("lora", "", 3, 1)
+    assert (theirs.ranks, theirs.alpha, theirs.max_error) == ({2: 1, 4: 2}, 16.0, None)
 
 
 def test_the_first_file_at_fault_is_named(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from low_rank_models import base_and_task, write_lora
 from raw_gguf import f32_model
+from tiny_models import Tiny
 
 from pyggml_adapt.errors import AdaptorError, OverwriteError, ParameterError
 from pyggml_adapt.tools import link, split
@@ -30,6 +32,16 @@ def test_links_point_to_adaptor_and_foundation(report, tmp_path):
     assert os.path.samefile(first, report.adaptors["one"])
     assert os.path.samefile(second, report.foundation)
     assert link(report.foundation, report.adaptors["one"], tmp_path / "stock") == (first, second)  # they are there
+
+
+def test_low_rank_adaptors_are_no_shards(tmp_path):
+    base, task = base_and_task(tmp_path, Tiny(n_layer=1), 2, "attn_q")
+    own = split({"x": task}, tmp_path / "low", foundation=base, low_rank=2).adaptors["x"]
+    lora = write_lora(tmp_path / "lora.gguf", {"x.weight": (np.ones((2, 8), "f"), np.ones((8, 2), "f"))})
+    for path in (own, lora):
+        with pytest.raises(ParameterError, match=f"{path}: a low-rank adaptor is no shard of a model; .* bake"):
+            link(base, path, tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
 
 
 def test_links_survive_a_move_of_the_whole_tree(report, tmp_path):

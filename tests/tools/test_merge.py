@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from low_rank_models import base_and_task, write_lora
 from raw_gguf import f32_model
+from tiny_models import Tiny
 
 from pyggml_adapt.errors import AdaptorError, Error, FileAccessError, FileFormatError, OverwriteError, ParameterError
 from pyggml_adapt.ggml.enums import Type
@@ -16,6 +18,7 @@ from pyggml_adapt.ggml.gguf import GGUFReader, GGUFWriter
 from pyggml_adapt.tools import merge, split, verify
 from pyggml_adapt.weights.identity import check_pair, foundation_entries, foundation_id, read_adaptor
 
+TINY = Tiny(n_layer=1)
 LAYOUTS = pytest.mark.parametrize("layout", ["complement", "overlay"])
 
 
@@ -236,3 +239,68 @@ def test_an_interrupted_merge_leaves_the_old_file(pair, layout, how, tmp_path):
     assert os.listdir(tmp_path / "here") == ["m.gguf"]
     assert output.read_bytes() == b"old"
     assert done.stdout == (f"{output}: file too large\n" if how == "RLIMIT" else "")
+
+
+@pytest.fixture
+def low_rank(tmp_path):
+    """Return a base, a low-rank adaptor of it, and a LoRA GGUF for it."""
+    base, task = base_and_task(tmp_path, TINY, 2, "attn_q")
+    own = split({"shout": task}, tmp_path / "low", foundation=base, low_rank=2).adaptors["shout"]
+    a, b = np.ones((2, 128), "f"), np.ones((128, 2), "f")
+    return base, Path(own), write_lora(tmp_path / "lora.gguf", {"blk.0.attn_q.weight": (a, b)})
+
+
+def test_low_rank_adaptors_are_not_merged(low_rank, tmp_path):
+    base, *adaptors = low_rank
+    for path in adaptors:
+        with pytest.raises(ParameterError, match=f"{path}: a low-rank adaptor has no model to give back; .* bake"):
+            merge(base, path, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_verify_of_a_low_rank_adaptor(low_rank, tmp_path):
+    base, own, lora = low_rank
+    with GGUFReader(base) as reader, GGUFReader(own) as adaptor:
+        n_tensors = len(reader.tensors) + len(adaptor.tensors)
+        nbytes = sum(info.nbytes for each in (reader, adaptor) for info in each.tensors.values())
+        place, inner = adaptor.tensors["blk.0.attn_q.weight.lora_b"].offset, reader.tensors["output.weight"].offset
+    report = verify(base, own)
+    assert (report.tasks, report.n_tensors, report.nbytes) == (("shout",), n_tensors, nbytes)
+    overlay = split({"x": tmp_path / "task.gguf"}, tmp_path / "over", foundation=base).adaptors["x"]
+    assert verify(base, own, overlay).tasks == ("shout", "x")
+    with pytest.raises(FileFormatError, match=r"lora\.gguf: nothing to verify this lora by: it carries no digests"):
+        verify(base, lora)
+    with pytest.raises(AdaptorError, match="made for a file of other bytes") as caught:
+        verify(tmp_path / "task.gguf", own)
+    assert caught.value.code == "adaptor_base_mismatch"
+    flip(own, place + 8)
+    with pytest.raises(FileFormatError, match=r"tensor 'blk\.0\.attn_q\.weight\.lora_b' is damaged"):
+        verify(base, own)
+    flip(own, place + 8)
+    flip(base, inner + 8000)  # in the middle of a tensor, where no fingerprint looks
+    with pytest.raises(AdaptorError, match=r"'shout' does not belong to .*: its tensors have other bytes"):
+        verify(base, own)
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0])
+def test_weights_that_are_not_finite_are_reported(kind, tmp_path, capfd):
+    data = {name: np.zeros(kind.row_size(1 << 17), np.uint8) for name in ("a", "b", "c")}
+    data["b"][-kind.type_size :] = 0xFF
+    paths = []
+    for seed, name in enumerate(("one", "two")):
+        data["c"][0] = seed
+        writer = GGUFWriter()
+        for tensor in data:
+            writer.add_tensor(tensor, kind, (1 << 17,))
+        writer.write(tmp_path / f"{name}.gguf", data)
+        paths.append(tmp_path / f"{name}.gguf")
+    report = split({"two": paths[1]}, tmp_path / "o", foundation=paths[0], task_tensors=["[abc]"])
+    assert verify(report.foundation, report.adaptors["two"]).not_finite == ((report.adaptors["two"], "b"),)
+    assert (capfd.readouterr().err == "") == (not kind.is_quantized)
+
+
+def test_a_lora_that_is_not_finite(low_rank, tmp_path):
+    a, b = np.ones((2, 128), "f"), np.full((128, 2), np.nan, "f")
+    lora = write_lora(tmp_path / "nan.gguf", {"blk.0.attn_q.weight": (a, b)})
+    with pytest.raises(AdaptorError, match=r"attn_q\.weight\.lora_b' has elements that are NaN"):
+        verify(low_rank[0], lora)

@@ -360,6 +360,10 @@ def test_dry_run_says_what_will_be_written(tmp_path):
         ],
         "source_nbytes": sum(path.stat().st_size for path in models.values()),
         "written_nbytes": sum(path.stat().st_size for path in (tmp_path / "out").iterdir()),
+        "sizes": [
+            {"task": task, "whole_nbytes": 32, "low_rank_nbytes": 32, "rank": 16, "is_measured": False}
+            for task in ("one", "two")
+        ],
     }
 
 
