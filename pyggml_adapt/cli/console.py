@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 120  # characters; a terminal has its own
 
 
-def tables() -> Console:
-    """Return a console for tables on stdout, wide enough for tensor names where it is not a terminal."""
+def tables(*, stderr: bool = False) -> Console:
+    """Return a console for tables, wide enough for tensor names where it is not a terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH)
 
 
 @contextmanager

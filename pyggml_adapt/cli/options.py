@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,16 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         dest="adaptors",
         metavar="NAME=PATH",
         help="an adaptor and its task's name; repeatable",
+    )
+    parser.add_argument(
+        "--define",
+        action="append",
+        default=[],
+        metavar="NAME=A:X,B:Y",
+        help="a task made of loaded adaptors, low-rank ones times a factor; repeatable",
+    )
+    parser.add_argument(
+        "--max-adaptor-bytes", type=size, metavar="N", help="of adaptors in memory, as 300M or 2G (default: no limit)"
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: all processors)")
     parser.add_argument(
@@ -54,8 +65,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="seed (default, and -1: another each time)")
 
 
-def named_paths(values: Sequence[str], flag: str = "") -> dict[str, str]:
-    """Return name -> path of NAME=PATH values.
+def size(text: str) -> int:
+    """Return a number of bytes; K, M and G stand for powers of 1024.  Raises: ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, as 300M or 2G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+def named_paths(values: Sequence[str], flag: str = "", form: str = "NAME=PATH") -> dict[str, str]:
+    """Return name -> path of NAME=PATH values, or of others of the form NAME=something.
 
     Raises: ParameterError for a value without a name or a path, or a name given twice.
     """
@@ -63,7 +82,7 @@ def named_paths(values: Sequence[str], flag: str = "") -> dict[str, str]:
     for value in values:
         name, separator, path = value.partition("=")
         if not (name and separator and path):
-            raise ParameterError(f"{flag}{value!r}: expected NAME=PATH")
+            raise ParameterError(f"{flag}{value!r}: expected {form}")
         if name in paths:
             raise ParameterError(f"{flag}{value!r}: the name {name!r} is given twice")
         paths[name] = path
@@ -71,14 +90,15 @@ def named_paths(values: Sequence[str], flag: str = "") -> dict[str, str]:
 
 
 def open_host(args: argparse.Namespace) -> Host:
-    """Return the Host that the options describe."""
+    """Return the Host that the options describe, with the tasks that they define."""
     from pyggml_adapt.runtime.host import Host
 
-    return Host(
+    host = Host(
         args.model,
         named_paths(args.adaptors, "-a "),
         n_threads=args.threads,
         n_gpu_layers=args.n_gpu_layers,
+        max_adaptor_bytes=args.max_adaptor_bytes,
         n_batch=args.batch_size,
         n_ubatch=args.ubatch_size,
         flash_attn=args.flash_attn != "off",
@@ -87,6 +107,13 @@ def open_host(args: argparse.Namespace) -> Host:
         use_mmap=not args.no_mmap,
         use_mlock=args.mlock,
     )
+    try:
+        for task, adaptors in named_paths(args.define, "--define ", "NAME=A:X,B:Y").items():
+            host.define_task(task, adaptors.split(","))
+    except BaseException:
+        host.close()
+        raise
+    return host
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

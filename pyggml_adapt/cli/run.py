@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
 
 from pyggml_adapt.cli.options import add_host_options, add_sampling_options, open_host, sampling
 from pyggml_adapt.errors import FileAccessError, ParameterError
+
+if TYPE_CHECKING:
+    from pyggml_adapt.runtime.memory import Memory
 
 
 def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
@@ -40,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
         metavar="N",
         help="size of the context in tokens (default: what the prompt and -n need)",
     )
+    parser.add_argument("--memory", action="store_true", help="say at the end what memory is used, as measured")
     add_sampling_options(parser)
     parser.set_defaults(run=run)
 
@@ -63,8 +71,11 @@ def run(args: argparse.Namespace) -> int:
                 text += piece
                 if not args.json:
                     print(piece, end="", flush=True)
+            memory = host.memory() if args.memory else None
         if not args.json:
-            print()
+            print(flush=True)
+            if memory:
+                show_memory(memory)
             return 0
         timings = generation.timings
         print(
@@ -83,10 +94,28 @@ def run(args: argparse.Namespace) -> int:
                         "load_ms": load_ms,
                         "swap_ms": swap.ms,
                     },
+                    **({"memory": dataclasses.asdict(memory)} if memory else {}),
                 }
             )
         )
     return 0
+
+
+def show_memory(memory: Memory) -> None:
+    """Print a table of measured memory on stderr."""
+    from rich.table import Table
+
+    from pyggml_adapt.cli.console import tables
+
+    table = Table("bytes", "mapped", "resident", "shared", "private", "share (PSS)")
+    rows = {"foundation": memory.foundation}
+    rows |= {f"adaptor {name}": pages for name, pages in memory.adaptors.items()}
+    for name, pages in (rows | {"process": memory.process}).items():
+        numbers = (pages.mapped, pages.resident, pages.shared, pages.private, pages.pss)
+        table.add_row(escape(name), *(f"{number:,}" for number in numbers))
+    console = tables(stderr=True)
+    console.print(table)
+    console.print(f"KV caches: {memory.kv:,} bytes. Compute: {memory.compute:,} bytes.")
 
 
 def read_prompt(args: argparse.Namespace) -> str:
