@@ -209,3 +209,13 @@ class Store:
             self._say(f"splitting {prefix} for {len(TASKS)} tasks ...")
             pga.split(full, self.folder, prefix=prefix)
         return Family(full, str(foundation), adaptors)
+
+    def overlays(self, shape: Shape, mixture: str) -> Family:
+        """Return the same fine-tunes as overlays of the model that they were made from."""
+        full = {task: str(self.model(shape, mixture, task)) for task in TASKS}
+        prefix, base = f"{shape.name}-{mixture}-overlay", self.model(shape, mixture)
+        adaptors = {task: str(self.folder / f"{prefix}-adaptor-{task}.gguf") for task in TASKS}
+        if not all(Path(path).exists() for path in adaptors.values()):
+            self._say(f"splitting {prefix} for {len(TASKS)} tasks ...")
+            pga.split(full, self.folder, prefix=prefix, foundation=base, force=True)
+        return Family(full, str(base), adaptors)

@@ -62,3 +62,31 @@ def speed(results: dict[str, Any], path: Path) -> None:
     figure.legend(*handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.savefig(path, **_FORMAT)
     plt.close(figure)
+
+
+def switch(results: dict[str, Any], path: Path) -> None:
+    """Draw what it costs to go to another task, the token after it included, on a logarithmic scale."""
+    cases = results["lowrank"]
+    figure, all_axes = plt.subplots(1, len(cases), figsize=(5 * len(cases) + 1, 3.5), squeeze=False, sharey=True)
+    for axes, (name, case) in zip(all_axes[0], cases.items(), strict=True):
+        kinds = list(case["switch"])
+        cost = [max(1e3 * (ms["switch"] + ms["extra"]), 1.0) for ms in case["switch"].values()]
+        colours = ["C0" if kind.startswith("ours") else "C1" for kind in kinds]
+        axes.barh(kinds[::-1], cost[::-1], color=colours[::-1])
+        axes.set(xscale="log", title=name, xlabel="microseconds, switch and next token's extra")
+    figure.savefig(path, **_FORMAT)
+    plt.close(figure)
+
+
+def soak(results: dict[str, Any], path: Path) -> None:
+    """Draw memory by number of requests done."""
+    found = results["soak"]
+    done = [sample["n_requests"] for sample in found["samples"]]
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    for key, label in (("rss", "process, resident"), ("nbytes", "adaptors in memory")):
+        axes.plot(done, [sample[key] / MIB for sample in found["samples"]], label=label)
+    axes.axhline(found["budget"] / MIB, color="black", linewidth=1, linestyle="--", label="limit for adaptors")
+    axes.set(xlabel="requests", ylabel="MiB", ylim=(0, None), title=f"{found['n_adaptors']} adaptors, {found['case']}")
+    axes.legend(frameon=False)
+    figure.savefig(path, **_FORMAT)
+    plt.close(figure)

@@ -7,6 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import report_adaptors
+from markdown_table import table
+
 Results = dict[str, Any]
 
 OURS, MMAP, DEFAULT = "pyggml_adapt", "llama.cpp, mmap", "llama.cpp, default"
@@ -17,12 +20,6 @@ LABELS = {
     "default": f"{DEFAULT}, whole models",
     "shards": f"{MMAP}, our split files",
 }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ratios(case: dict[str, Any], what: str, other: str) -> tuple[float, float, float]:
@@ -261,7 +258,7 @@ def verdicts(results: Results) -> str:
     for name, case in results["swap"].items():
         us = (case["activate"] + max(case["extra"], 0.0)) * 1e3
         rows.append((f"swap, next token's extra included, {name}", "< 200 us", f"{us:.0f} us", us < 200))
-    rows += [*_memory_verdicts(results), *_other_verdicts(results)]
+    rows += [*_memory_verdicts(results), *report_adaptors.verdicts(results), *_other_verdicts(results)]
     return table(
         ["promise", "limit", "found", "holds"],
         [(what, limit, found, "yes" if ok else "**no**") for what, limit, found, ok in rows],
@@ -305,7 +302,17 @@ def markdown(results: Results) -> str:
         verdicts(results),
         "",
     ]
-    parts = [speed(results), overhead(results), swap(results), load(results), memory(results), files(results)]
+    parts = [
+        speed(results),
+        overhead(results),
+        swap(results),
+        report_adaptors.low_rank(results),
+        report_adaptors.fork(results),
+        report_adaptors.soak(results),
+        load(results),
+        memory(results),
+        files(results),
+    ]
     return "\n".join([*head, "![Speed beside llama.cpp](benchmarks/speed.svg)", "", *parts]).rstrip() + "\n"
 
 
@@ -316,4 +323,6 @@ def write(results: Results, docs: Path) -> None:
     (docs / "benchmarks").mkdir(parents=True, exist_ok=True)
     plots.memory(results, docs / "benchmarks" / "memory.svg")
     plots.speed(results, docs / "benchmarks" / "speed.svg")
+    plots.switch(results, docs / "benchmarks" / "switch.svg")
+    plots.soak(results, docs / "benchmarks" / "soak.svg")
     (docs / "benchmarks.md").write_text(markdown(results), encoding="utf-8")

@@ -14,7 +14,11 @@ from typing import Any
 
 import machine
 import report
+from loras import write_lora
 from models import LARGE, SHAPES, SMALL, THIN, TYPES, Shape, Store
+from soak import make_adaptors
+
+import pyggml_adapt as pga
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("pyggml_adapt", "mmap", "default", "shards")
@@ -64,6 +68,42 @@ def measure_switching(store: Store, largest: Shape, quick: bool) -> dict[str, An
                 "load", label=case, foundation=family.foundation, adaptor=adaptor, rounds=5 if quick else 15
             )
     return found
+
+
+def measure_lowrank(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
+    """Return speed and switch cost of low-rank tasks, beside whole tensors and llama.cpp."""
+    family, case = store.overlays(shape, "Q4_K_M"), f"{shape.name} Q4_K_M"
+    loras = [str(write_lora(store.folder / f"{shape.name}-lora-{i}.gguf", shape, seed=i)) for i in range(2)]
+    baked = store.folder / f"{shape.name}-Q4_K_M-baked.gguf"
+    if not baked.exists():
+        say(f"baking {baked.name} ...")
+        pga.bake(family.foundation, loras[0], baked)
+    few = quick or shape is not SMALL
+    speed = measure("lowrank_speed", label=case, base=family.foundation, lora=loras[0], baked=str(baked),
+                    rounds=5 if few else 11)  # fmt: skip
+    whole = list(family.adaptors.values())[:2]
+    switch = measure("lowrank_switch", label=case, base=family.foundation, loras=loras, whole=whole, full=family.full,
+                     rounds=60 if few else 200)  # fmt: skip
+    return {case: speed | {"switch": switch}}
+
+
+def measure_fork(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
+    """Return ms of one document under four tasks, by forks and by prefills."""
+    family, case = store.overlays(shape, "Q4_K_M"), f"{shape.name} Q4_K_M"
+    arguments = {"foundation": family.foundation, "adaptors": family.adaptors}
+    lengths = [512] if quick else [512, 1024]
+    return {case: measure("fork", label=case, **arguments, n_tokens=lengths, rounds=3 if quick else 7)}
+
+
+def measure_soak(store: Store, quick: bool) -> dict[str, Any]:
+    """Return what a host with many adaptors and room for few went through."""
+    n, room, requests = (40, 8, 300) if quick else (500, 20, 5000)
+    say(f"making {n} adaptors ...")
+    base, adaptors = make_adaptors(store, SMALL, n, store.folder / "soak")
+    with pga.Host(base, adaptors) as host:
+        largest = max(adaptor.nbytes for adaptor in host.adaptors)
+    arguments = {"foundation": base, "adaptors": adaptors, "budget": room * largest, "n_requests": requests}
+    return {"case": f"{SMALL.name} Q4_K_M", "room": room} | measure("soak", label=f"{n} adaptors", **arguments)
 
 
 def measure_memory(store: Store, shape: Shape) -> dict[str, Any]:
@@ -124,9 +164,12 @@ def main() -> None:
         results = {"machine": machine.describe(), "speed": measure_speed(store, shapes, args.types, args.quick)}
         results |= measure_switching(store, shapes[-1], args.quick)
         results["memory"] = measure_memory(store, shapes[-1])
-        results["files"] = {}
+        results |= {"lowrank": {}, "fork": {}, "files": {}}
         for shape in shapes:
+            results["lowrank"] |= measure_lowrank(store, shape, args.quick)
+            results["fork"] |= measure_fork(store, shape, args.quick)
             results["files"] |= measure_files(store, shape, args.quick)
+        results["soak"] = measure_soak(store, args.quick)
         out = ROOT / "build" / ("bench-quick.json" if args.quick else "bench.json")
         out.write_text(json.dumps(results, indent=1), encoding="utf-8")
         say(f"results are in {out}")

@@ -12,6 +12,10 @@ MODULES = {
     "swap": "switching",
     "reload": "switching",
     "load": "switching",
+    "lowrank_speed": "lowrank",
+    "lowrank_switch": "lowrank",
+    "fork": "fork",
+    "soak": "soak",
     "memory": "memory",
     "files": "files",
 }
