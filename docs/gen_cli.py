@@ -30,17 +30,21 @@ Files of any architecture can be split, merged, verified and linked; to run, it 
 | architecture | models | source |
 | --- | --- | --- |
 """
-LLAMA = """
-## Of `llama`
+NOTES = """
+## Of all of them
 
-- dense, and mixture of experts as Mixtral's; with and without biases; with an output head of its own or tied to
-  `token_embd`
-- grouped-query attention; RoPE with `rope_freqs`, linear and YaRN scaling
+- an output head of its own or tied to `token_embd`, and optional biases, where llama.cpp has these too; Q, K and V in
+  three weights or in one
+- grouped-query attention; RoPE with linear and YaRN scaling; `rope_freqs` where llama.cpp reads them
 - weights of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL and IQ4_XS, in any mixture
+- logits equal to llama.cpp's of the same commit bit for bit, on the CPU, with flash attention and without
+- adaptors of whole tensors and of low-rank pairs
 - tokenizers: SentencePiece (`tokenizer.ggml.model` = `llama`) and byte-level BPE (`gpt2`) with the pre-tokenizer
   `llama-bpe`; with another one a model runs on token ids
 
-A model that needs more, such as sizes that differ from layer to layer, is refused with the name of the key or tensor.
+A model that needs more is refused with the name of the key or tensor: sizes that differ from layer to layer, sliding
+windows, ALiBi (Baichuan 13B), LongRoPE, groups of experts, layers that predict more than the next token, and attention
+scaled by position (Ministral 3).
 """
 
 
@@ -62,7 +66,7 @@ def supported() -> str:
         first, _, rest = doc.strip().partition("\n")
         source = rest.partition("Source:")[2].strip().replace("\n", " ")
         page += f"| `{name}` | {first} | {source} |\n"
-    return page + LLAMA
+    return page + NOTES
 
 
 def main() -> None:

@@ -19,6 +19,23 @@ N_SPECIAL = 3
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 WORDS = ("▁", "e", "t", "a", "o", "he", "▁t", "▁the", "in", "▁a", "é", "世", "▁Once", "upon", "▁upon", "ing", "er")
 
+EXPERTS = {"expert_count": 4, "expert_used_count": 2}
+SHARED = {**EXPERTS, "expert_feed_forward_length": 96, "expert_shared_count": 2}
+KEYS: Mapping[str, Mapping[str, object]] = {  # that an architecture must have, or without which it is another one
+    "apertus": {"xielu.alpha_n": [0.5, 0.7] * 64, "xielu.alpha_p": 0.8, "xielu.beta": 0.5, "xielu.eps": -1e-6},
+    "bailingmoe": {**SHARED, "expert_weights_norm": True},
+    "deepseek": {**SHARED, "leading_dense_block_count": 1},
+    "dots1": {**SHARED, "leading_dense_block_count": 1, "expert_gating_func": 2, "attention.head_count_kv": 4},
+    "ernie4_5-moe": {**EXPERTS, "expert_feed_forward_length": 96, "expert_shared_feed_forward_length": 64,
+                     "interleave_moe_layer_step": 1, "leading_dense_block_count": 1},
+    "granite": {"logit_scale": 8.0, "residual_scale": 0.25, "embedding_scale": 12.0, "attention.scale": 0.015625},
+    "granitemoe": {**EXPERTS, "logit_scale": 6.0, "residual_scale": 0.25, "embedding_scale": 12.0},
+    "hunyuan-moe": {**EXPERTS, "expert_feed_forward_length": 192, "expert_shared_feed_forward_length": 96},
+    "olmoe": {**EXPERTS, "attention.head_count_kv": 4},
+    "qwen2moe": {**EXPERTS, "expert_feed_forward_length": 96, "expert_shared_feed_forward_length": 160},
+    "qwen3moe": {**EXPERTS, "expert_feed_forward_length": 96},
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -57,6 +74,7 @@ class Tiny:
             "attention.head_count": self.n_head,
             "attention.head_count_kv": self.n_head_kv,
             "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.layer_norm_epsilon": 1e-5,
             "vocab_size": n_vocab(),
         }
         if self.head_dim:
@@ -67,18 +85,28 @@ class Tiny:
             }
         if self.n_expert:
             keys |= {"expert_count": self.n_expert, "expert_used_count": self.n_expert_used}
-        keys |= self.metadata
-        prefixed = {f"{self.arch}.{key}": value for key, value in keys.items() if value is not None}
+        keys |= {**KEYS.get(self.arch, {}), **self.metadata}
+        prefixed = {
+            key if key.startswith("xielu.") else f"{self.arch}.{key}": value[: self.n_layer]
+            if isinstance(value, list)
+            else value
+            for key, value in keys.items()
+            if value is not None
+        }
         return {"general.architecture": self.arch, "general.name": "tiny", **prefixed}
 
     def tensors(self) -> list[TensorSpec]:
         """Return the tensors that the model has, from its architecture's table."""
         model = model_class(self.arch)(HParams.from_gguf(self.all_metadata(), n_vocab()))
-        return [spec for spec in model.all_tensors() if spec.required or re.search(self.optional, spec.name)]
+        specs = {s.name: s for s in model.all_tensors() if s.required or re.search(self.optional, s.name)}
+        for name, spec in list(specs.items()):
+            if spec.unless in specs:
+                del specs[name]
+        return list(specs.values())
 
     def type_of(self, spec: TensorSpec) -> Type:
         """Return the type of a tensor: vectors and routers are F32, as llama.cpp's quantiser leaves them."""
-        if len(spec.ne) == 1 or "ffn_gate_inp" in spec.name:
+        if len(spec.ne) == 1 or "ffn_gate_inp" in spec.name or "_norm." in spec.name:
             return Type.F32
         return Type[next((type for pattern, type in self.types.items() if re.search(pattern, spec.name)), self.type)]
 
@@ -90,7 +118,9 @@ class Tiny:
         values = rng.standard_normal(spec.ne[::-1], dtype=np.float32)
         if spec.name.startswith("rope_freqs"):
             return np.abs(values) + 0.5
-        if len(spec.ne) == 1:
+        if "ffn_gate_inp_shexp" in spec.name:
+            return values / np.float32(np.sqrt(spec.ne[0]))
+        if len(spec.ne) == 1 or "_norm." in spec.name:
             return 0.1 * values + (0.0 if spec.name.endswith("bias") else 1.0)
         return values if spec.name.startswith("token_embd") else values * np.float32(1.5 / np.sqrt(spec.ne[0]))
 

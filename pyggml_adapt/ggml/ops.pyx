@@ -125,31 +125,7 @@ def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
     return result(ctx, c.ggml_concat(ctx.room(1), pa, pb, dim), a, b)
 
 
-def silu(Context ctx not None, Tensor a not None):
-    """Return a * sigmoid(a), shape of a.  Wraps: ggml_silu."""
-    check_rows("silu", a)
-    return result(ctx, c.ggml_silu(ctx.room(1), a.ptr()), a)
-
-
-def swiglu_split(Context ctx not None, Tensor a not None, Tensor b not None):
-    """Return silu(a) * b, shape of a.
-
-    Raises: ShapeError unless a and b have one shape and contiguous rows.
-    Wraps: ggml_swiglu_split.
-    """
-    check_even_rows("swiglu_split", a)
-    check_even_rows("swiglu_split", b)
-    if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
-        raise bad_shape("swiglu_split", "shapes differ", [("a", a), ("b", b)])
-    return result(ctx, c.ggml_swiglu_split(ctx.room(1), a.ptr(), b.ptr()), a, b)
-
-
-def rms_norm(Context ctx not None, Tensor a not None, float eps):
-    """Return each row of a divided by its root mean square (eps added under the root).  Wraps: ggml_rms_norm."""
-    check_rows("rms_norm", a)
-    if not eps >= 0:
-        raise ShapeError(f"rms_norm: eps {eps} is negative")
-    return result(ctx, c.ggml_rms_norm(ctx.room(1), a.ptr(), eps), a)
+include "ops_activations.pxi"
 
 
 def mul_mat(Context ctx not None, Tensor a not None, Tensor b not None):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import RopeType, Tensor, Type
 from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
-from pyggml_adapt.models.hparams import HParams
+from pyggml_adapt.models.hparams import HParams, Keys, readers
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -18,47 +18,84 @@ _NO_WEIGHTS = ("Q8_1", "Q8_K")  # of activations inside matmul
 
 
 class TensorSpec(NamedTuple):
-    """One tensor that an architecture may or must have; ne in ggml order, as many dimensions as matter."""
+    """One tensor that an architecture may or must have; ne in ggml order, as many dimensions as matter.
+
+    unless: the name of a tensor that takes its place: there is one of the two.
+    """
 
     name: str
     ne: tuple[int, ...]
     required: bool = True
+    unless: str = ""
 
 
 class Model:
     """One architecture with its hyper-parameters; it holds no weights.
 
-    Subclasses give `tensors()`, `layer_tensors()` and `build_layer()`.
+    Subclasses give `layer_tensors()` and `build_layer()`, and say below how they differ from llama.
     """
 
-    arch: str
-    rope_type: RopeType = RopeType.NORMAL
+    arch: ClassVar[str]
+    rope_type: ClassVar[RopeType] = RopeType.NORMAL
+    partial_rotary: ClassVar[bool] = False  # whether less than a head may be rotated
+    rms_norm: ClassVar[bool] = True  # False: norms are LayerNorms
+    output_norm: ClassVar[tuple[str, ...]] = ("weight",)  # the tensors that the last norm has
+    output: ClassVar[str] = "optional"  # or required, or tied
+    rope_freqs: ClassVar[bool] = False  # whether there may be factors for the frequencies
+    experts: ClassVar[str] = "none"  # or optional, or required
 
     def __init__(self, hp: HParams):
         self.hp = hp
         self.check_hparams()
 
+    @classmethod
+    def read_hparams(cls, keys: Keys) -> dict[str, Any]:
+        """Return the hyper-parameters that not every architecture has, or that differ from what is usual."""
+        if cls.rms_norm:
+            return {"f_norm_rms_eps": keys.number("attention.layer_norm_rms_epsilon", least=0.0)}
+        return {"f_norm_eps": keys.number("attention.layer_norm_epsilon", least=0.0)}
+
     def check_hparams(self) -> None:
         """Raise ModelError for hyper-parameters that the architecture cannot have."""
+        hp = self.hp
+        if hp.n_embd_head_k != hp.n_embd_head_v:
+            raise ModelError(
+                f"{hp.arch}.attention.value_length = {hp.n_embd_head_v} is not key_length {hp.n_embd_head_k}"
+            )
+        if hp.n_rot % 2 or (hp.n_rot != hp.n_embd_head_k and not self.partial_rotary):
+            raise ModelError(
+                f"{hp.arch}.rope.dimension_count = {hp.n_rot} is not the head size {hp.n_embd_head_k}, or odd"
+            )
+        if hp.n_rot > hp.n_embd_head_k or hp.n_embd_head_k % 2:
+            raise ModelError(
+                f"{hp.arch}.rope.dimension_count = {hp.n_rot} is above the head size {hp.n_embd_head_k}, or that odd"
+            )
+        if hp.n_expert and self.experts == "none":
+            raise ModelError(f"{hp.arch}.expert_count = {hp.n_expert}, but architecture {hp.arch} has no experts")
+        if not hp.n_expert and self.experts == "required":
+            raise ModelError(f"{hp.arch}.expert_count is absent or 0, but architecture {hp.arch} has experts")
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Yield the tensors that belong to no layer."""
         hp = self.hp
         yield TensorSpec("token_embd.weight", (hp.n_embd, hp.n_vocab))
-        yield TensorSpec("output_norm.weight", (hp.n_embd,))
-        yield TensorSpec("output.weight", (hp.n_embd, hp.n_vocab), required=False)  # absent: tied to token_embd
+        for leaf in self.output_norm:
+            yield TensorSpec(f"output_norm.{leaf}", (hp.n_embd,))
+        if self.output != "tied":  # to token_embd, as those are where an optional one is absent
+            yield TensorSpec("output.weight", (hp.n_embd, hp.n_vocab), self.output == "required")
+        if self.rope_freqs:
+            yield TensorSpec("rope_freqs.weight", (hp.n_rot // 2,), required=False)
 
-    def layer_tensors(self) -> Iterator[TensorSpec]:
-        """Yield the tensors of one layer, named without their blk.N. prefix."""
+    def layer_tensors(self, il: int) -> Iterator[TensorSpec]:
+        """Yield the tensors of layer il, named without their blk.N. prefix."""
         raise NotImplementedError
 
     def all_tensors(self) -> Iterator[TensorSpec]:
         """Yield every tensor of the model."""
         yield from self.tensors()
-        layer = list(self.layer_tensors())
         for il in range(self.hp.n_layer):
-            for name, ne, required in layer:
-                yield TensorSpec(f"blk.{il}.{name}", ne, required)
+            for name, ne, required, unless in self.layer_tensors(il):
+                yield TensorSpec(f"blk.{il}.{name}", ne, required, unless and f"blk.{il}.{unless}")
 
     def check_tensors(self, found: Mapping[str, Tensor]) -> None:
         """Raise ModelError naming the first tensor that is missing, mis-shaped, of a wrong type, or unknown."""
@@ -67,7 +104,9 @@ class Model:
             known.add(spec.name)
             if spec.name in found:
                 _check_tensor(spec, found[spec.name])
-            elif spec.required:
+                if spec.unless in found:
+                    raise ModelError(f"tensors {spec.name} and {spec.unless} exclude each other")
+            elif spec.required and spec.unless not in found:
                 raise ModelError(f"tensor {spec.name} is missing")
         for name in found:
             if name not in known:
@@ -91,15 +130,22 @@ class Model:
 
         first_layer: where the graph starts: from tokens if 0, else from that layer's input; from the head's if n_layer.
         """
-        cur = g.inp_embd(w.token_embd) if g.inputs.embd is None else g.inputs.embd
+        cur = self.build_inp(g, w) if g.inputs.embd is None else g.inputs.embd
         for il in range(first_layer, self.hp.n_layer):
             out = self.build_layer(g, w.layer(il), cur, il)
             if out is None:
                 return None
             cur = out
-        cur = g.named(g.norm(cur, w.output_norm), "result_norm")
-        head = w.output if w.output is not None else w.token_embd
-        return g.named(g.mm(head, cur), "result_output")
+        cur = g.named(g.norm(cur, w.output_norm, bias=w.output_norm_b), "result_norm")
+        return g.named(self.build_head(g, w, cur), "result_output")
+
+    def build_inp(self, g: GraphBuilder, w: Weights) -> Tensor:
+        """Return the input of layer 0, [n_embd, n_tokens]."""
+        return g.inp_embd(w.token_embd)
+
+    def build_head(self, g: GraphBuilder, w: Weights, cur: Tensor) -> Tensor:
+        """Return the logits of normed hidden states, [n_vocab, n_outputs]."""
+        return g.mm(w.output if w.output is not None else w.token_embd, cur)
 
     def build_layer(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor | None:
         """Return the output of layer il, [n_embd, n_tokens]; of the last layer, only the rows wanted, None if none."""
@@ -110,7 +156,7 @@ def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     """Raise ModelError unless ggml can compute with the tensor: it ends the process on a vector that is not F32."""
     if tensor.ne != spec.ne + (1,) * (4 - len(spec.ne)):
         raise ModelError(f"tensor {spec.name} has shape {list(tensor.ne)}, not {list(spec.ne)}")
-    if len(spec.ne) == 1 and tensor.type != Type.F32:
+    if (len(spec.ne) == 1 or "_norm." in spec.name) and tensor.type != Type.F32:
         raise ModelError(f"tensor {spec.name} has type {tensor.type.name}, not F32")
     if tensor.type.name in _NO_WEIGHTS or not (tensor.type.is_quantized or tensor.type in _FLOATS):
         raise ModelError(f"tensor {spec.name} has type {tensor.type.name}, which weights cannot have")
@@ -126,6 +172,7 @@ def register(arch: str) -> Callable[[M], M]:
     def add(cls: M) -> M:
         cls.arch = arch
         _registry[arch] = cls
+        readers[arch] = cls.read_hparams
         return cls
 
     return add

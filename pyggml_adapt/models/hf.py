@@ -11,28 +11,70 @@ from collections.abc import Callable
 from pyggml_adapt.models.base import Model
 from pyggml_adapt.weights.peft import Target
 
-_TOP = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+_TOP = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "final_layernorm": "output_norm",  # Phi 2
+    "lm_head": "output",
+}
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.down_proj": "ffn_down",
     "mlp.up_proj": "ffn_up",
     "block_sparse_moe.gate": "ffn_gate_inp",  # Mixtral, transformers 4
-    "mlp.gate": "ffn_gate_inp",  # Mixtral, transformers 5
+    "mlp.gate": "ffn_gate_inp",  # Mixtral, transformers 5; Qwen, OLMoE, DeepSeek
+    "block_sparse_moe.router.layer": "ffn_gate_inp",  # Granite
+    "attention_layernorm": "attn_norm",  # Apertus
+    "feedforward_layernorm": "ffn_norm",
+    "attention.wo": "attn_output",  # InternLM 2, whose Q, K and V are one weight there
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "self_attn.dense": "attn_output",  # Phi 2
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "mlp.c_fc": "ffn_up",  # StarCoder2
+    "mlp.c_proj": "ffn_down",
+    "self_attn.query_layernorm": "attn_q_norm",  # Hunyuan
+    "self_attn.key_layernorm": "attn_k_norm",
+    "mlp.gate.wg": "ffn_gate_inp",
+    "post_self_attn_layernorm": "post_attention_norm",  # GLM 4
+    "post_mlp_layernorm": "post_ffw_norm",
+    "mlp.gate_up_proj": "ffn_up",
+    "post_feedforward_layernorm": "post_ffw_norm",  # OLMo 2
+    "attention.dense": "attn_output",  # Ling
+    **{
+        f"mlp.{shared}.{which}_proj": f"ffn_{which}_shexp"
+        for shared in ("shared_expert", "shared_experts", "shared_mlp")  # Qwen; DeepSeek, dots, ERNIE, Ling; Hunyuan
+        for which in ("gate", "down", "up")
+    },
 }
 _EXPERT = {
     "block_sparse_moe.experts.w1": "ffn_gate_exps",
     "block_sparse_moe.experts.w2": "ffn_down_exps",
     "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
 }
+_POST_NORM = frozenset({"seed_oss", "olmo2"})  # their post_attention_layernorm has another name than ffn_norm
+# The converter adds 1 to the weights of norms, which hence are not those of a PEFT directory.
+_SHIFTED_NORMS = frozenset({"gemma", "nemotron"})
 # Hugging Face turns the first half of a head against the second, llama.cpp's NORMAL rope neighbours: for these
 # architectures the converter reorders the rows of Q and K.
-_PERMUTED = frozenset({"llama"})
+_PERMUTED = frozenset(
+    {"llama", "arcee", "deepseek", "granite", "granitemoe", "minicpm", "mistral3", "olmo", "smollm3", "xverse"}
+)
 
 _PARAMETER = re.compile(r"(?:model\.)?(?:layers\.([0-9]+)\.)?(.+)\.(weight|bias)")
 _OF_EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,4})\.(.+)")
@@ -56,6 +98,10 @@ def hf_target(model: Model) -> Callable[[str], Target | None]:
             found = _EXPERT.get(f"{of_expert[1]}.{of_expert[3]}")
         else:
             found = _LAYER.get(module)
+            if found == "ffn_norm" and model.arch in _POST_NORM:
+                found = "post_attention_norm"
+        if found is not None and found.endswith("norm") and model.arch in _SHIFTED_NORMS:
+            return None
         name = f"{found}.{leaf}" if il is None else f"blk.{il}.{found}.{leaf}"
         if found is None or name not in known or expert >= hp.n_expert > 0:
             return None

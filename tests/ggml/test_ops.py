@@ -19,6 +19,17 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def xielu(x):
+    """Return xIELU of x with alpha_n = 0.5, alpha_p = 0.8, beta = 0.25 and eps = -0.125."""
+    x, (alpha_n, alpha_p) = x.astype("d"), np.log1p(np.exp([0.5, 0.8]))
+    below = (np.expm1(np.minimum(x, -0.125)) - x) * (alpha_n + 0.25)
+    return np.where(x > 0, alpha_p * x**2, below) + 0.25 * x
+
+
 def nmse(x, y):
     """Return the mean squared error of x, relative to the mean square of y."""
     return float(((x.astype(np.float64) - y) ** 2).sum() / (y.astype(np.float64) ** 2).sum())
@@ -75,10 +86,24 @@ def test_rowwise(calc, shape):
         atol=1e-5,
     )
     np.testing.assert_allclose(calc(ops.silu, x), x / (1 + np.exp(-x)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(calc(ops.gelu, x), gelu(x), rtol=2e-3, atol=2e-3)  # by a table of F16
+    np.testing.assert_array_equal(calc(ops.relu, x), np.maximum(x, 0))
+    np.testing.assert_array_equal(calc(ops.sqr, x), x * x)
+    np.testing.assert_allclose(calc(ops.sigmoid, x), 1 / (1 + np.exp(-x)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        calc(lambda ctx, a: ops.xielu(ctx, a, 0.5, 0.8, 0.25, -0.125), x), xielu(x), rtol=1e-4, atol=1e-6
+    )
+    centred = x - x.mean(-1, keepdims=True, dtype="d")
+    norm = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(calc(lambda ctx, a: ops.norm(ctx, a, 1e-6), x), norm, rtol=1e-4, atol=1e-5)
     rms = np.sqrt((x.astype("d") ** 2).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(calc(lambda ctx, a: ops.rms_norm(ctx, a, 1e-6), x), x / rms, rtol=1e-5)
     y = normal(*shape)
     np.testing.assert_allclose(calc(ops.swiglu_split, x, y), x / (1 + np.exp(-x)) * y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(calc(ops.geglu_split, x, y), gelu(x) * y, rtol=5e-3, atol=5e-3)
+    if shape[-1] % 2 == 0:
+        left, right = np.split(x, 2, axis=-1)
+        np.testing.assert_allclose(calc(ops.swiglu, x), left / (1 + np.exp(-left)) * right, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(calc(ops.soft_max, x), softmax(x), rtol=1e-5, atol=1e-6)
 
 

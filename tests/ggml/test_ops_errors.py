@@ -52,6 +52,20 @@ SHAPES = [
     (lambda ctx, a: ops.scale(ctx, ops.view(ctx, a, (4, 1), (16, 32)), 2), [f32(4, 3)], "scale: a must be contiguous"),
     (transposed(ops.sum_rows), [f32(4, 1)], "sum_rows: the rows of a must be contiguous"),
     (transposed(ops.silu), [f32(4, 3)], "silu: the rows of a must be contiguous"),
+    (transposed(ops.gelu), [f32(4, 3)], "gelu: the rows of a must be contiguous"),
+    (transposed(ops.relu), [f32(4, 3)], "relu: the rows of a must be contiguous"),
+    (transposed(ops.sqr), [f32(4, 3)], "sqr: the rows of a must be contiguous"),
+    (transposed(ops.sigmoid), [f32(4, 3)], "sigmoid: the rows of a must be contiguous"),
+    (
+        uneven(lambda ctx, a: ops.xielu(ctx, a, 1, 1, 1, 0)),
+        [f32(4, 3)],
+        "xielu: the rows of a must lie at one distance",
+    ),
+    (uneven(ops.swiglu), [f32(4, 3)], "swiglu: the rows of a must lie at one distance"),
+    (ops.swiglu, [f32(5, 3)], "swiglu: ne0 is odd"),
+    (ops.geglu_split, [f32(4), f32(3)], "geglu_split: shapes differ"),
+    (lambda ctx, a: ops.norm(ctx, a, -1), [f32(4)], "norm: eps -1.0 is negative"),
+    (transposed(lambda ctx, a: ops.norm(ctx, a, 0)), [f32(4, 3)], "norm: the rows of a must be contiguous"),
     (lambda ctx, a, b: ops.concat(ctx, a, b, 4), [f32(4), f32(4)], "concat: dim 4 is not 0 to 3"),
     (lambda ctx, a, b: ops.concat(ctx, a, b, 0), [f32(4, 2), f32(4, 3)], "concat: ne1 differs"),
     (
@@ -286,12 +300,15 @@ def test_preconditions_that_ggml_aborts_on(python):
         leaves = [ctx.new_tensor(t, ne) for t in types for ne in shapes]
         leaves += [ops.transpose(ctx, x) for x in leaves if x.type.blck_size == 1]
         calls = {
-            "binary": [ops.add, ops.mul, ops.div, ops.mul_mat, ops.get_rows, ops.soft_max_ext, ops.swiglu_split,
+            "binary": [ops.add, ops.mul, ops.div, ops.mul_mat, ops.get_rows, ops.soft_max_ext,
+                       ops.swiglu_split, ops.geglu_split,
                        lambda c, a, b: ops.concat(c, a, b, 2), lambda c, a, b: ops.set_rows(c, a, a, b),
                        lambda c, a, b: ops.mul_mat_id(c, a, a, b), lambda c, a, b: ops.add_id(c, a, a, b),
                        lambda c, a, b: ops.flash_attn_ext(c, a, b, b, None, 1),
                        lambda c, a, b: ops.rope_ext(c, a, b, None, 2, 0, 0, 1e4, 1, 0, 1, 0, 0)],
-            "unary": [ops.sum_rows, ops.silu, ops.soft_max, ops.transpose, lambda c, a: ops.scale(c, a, 1),
+            "unary": [ops.sum_rows, ops.silu, ops.gelu, ops.relu, ops.sqr, ops.sigmoid, ops.swiglu,
+                      lambda c, a: ops.norm(c, a, 0), lambda c, a: ops.xielu(c, a, 1, 1, 1, 0),
+                      ops.soft_max, ops.transpose, lambda c, a: ops.scale(c, a, 1),
                       lambda c, a: ops.rms_norm(c, a, 0), lambda c, a: ops.argsort_top_k(c, a, 3),
                       lambda c, a: ops.reshape(c, a, 256), lambda c, a: ops.cast(c, a, Type.Q4_0)],
         }

@@ -12,6 +12,7 @@ from pyggml_adapt.ggml import Context, Slots, Type
 from pyggml_adapt.ggml.backend import Buffer, Device
 from pyggml_adapt.ggml.graph import CGraph
 from pyggml_adapt.graph.builder import Weights
+from pyggml_adapt.models import architectures
 from pyggml_adapt.runtime import engine
 
 VARIANTS = {
@@ -57,10 +58,17 @@ def our_names(path, flash_attn, monkeypatch):
         return [graph.node(i).name for i in range(graph.n_nodes)]
 
 
+FORMS = [r"^output\.weight|_exps", r"^(?!.*attn_qkv)", "attn_qkv"]  # which optional tensors there are
+
+
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["flash", "soft-max"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [*VARIANTS.values(), *({"arch": arch, "optional": form} for arch in architectures() for form in FORMS)],
+    ids=[*VARIANTS, *(f"{arch}-{i}" for arch in architectures() for i in range(len(FORMS)))],
+)
 def test_nodes_are_named_as_llama_cpp_names_them(tiny_gguf, variant, flash_attn, monkeypatch):
-    path = tiny_gguf(**VARIANTS[variant])
+    path = tiny_gguf(**variant)
     want = reference_names(path, flash_attn)
     got = our_names(path, flash_attn, monkeypatch)
     # argsort_top_k makes two nodes: the inner one cannot be named from outside

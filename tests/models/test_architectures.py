@@ -20,8 +20,9 @@ def test_tensor_table(arch):
     names = [spec.name for spec in specs]
     assert len(set(names)) == len(names)
     assert all(1 <= len(spec.ne) <= 4 and min(spec.ne) > 0 for spec in specs)
-    assert {"token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight"} <= set(names)
-    assert (model.arch, type(model).__module__) == (arch, f"pyggml_adapt.models.{arch}")
+    assert {"token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_output.weight", "blk.1.attn_q.weight"} <= set(names)
+    assert {spec.unless for spec in specs} <= {"", *names}
+    assert (model.arch, type(model).__module__) == (arch, f"pyggml_adapt.models.{arch.replace('-', '_')}")
     assert "Source:" in __import__(type(model).__module__, fromlist=["x"]).__doc__
 
 

@@ -21,13 +21,14 @@ def model_of(**variant):
 
 @pytest.mark.parametrize("n_expert", [0, 3])
 def test_every_tensor_has_a_name(n_expert):
-    """But rope_freqs, which is computed and no parameter."""
+    """But rope_freqs, which is computed and no parameter, and Q, K and V in one."""
     model = model_of(n_expert=n_expert, n_expert_used=2 if n_expert else 0)
     target = hf_target(model)
     experts = [f"block_sparse_moe.experts.{i}.w{j}" for i in range(3) for j in (1, 2, 3)]
     modules = TOP + [f"model.layers.{il}.{name}" for il in range(2) for name in LAYER + experts]
     found = [target(f"{module}.{leaf}") for module in modules for leaf in ("weight", "bias")]
-    assert {t.name for t in found if t} == {spec.name for spec in model.all_tensors()} - {"rope_freqs.weight"}
+    names = {spec.name for spec in model.all_tensors() if "attn_qkv" not in spec.name}
+    assert {t.name for t in found if t} == names - {"rope_freqs.weight"}
 
 
 @pytest.mark.parametrize(("parameter", "expected"), [
@@ -70,3 +71,45 @@ def test_dense(parameter, expected):
 ])  # fmt: skip
 def test_experts(parameter, expected):
     assert hf_target(model_of(n_expert=3, n_expert_used=2))(parameter) == expected
+
+
+@pytest.mark.parametrize(("arch", "parameter", "expected"), [
+    ("qwen2", "self_attn.q_proj.bias", Target("blk.0.attn_q.bias")),
+    ("qwen3", "self_attn.q_norm.weight", Target("blk.0.attn_q_norm.weight")),
+    ("qwen3moe", "mlp.experts.3.down_proj.weight", Target("blk.0.ffn_down_exps.weight", 0, 3, 4)),
+    ("qwen2moe", "mlp.shared_expert.up_proj.weight", Target("blk.0.ffn_up_shexp.weight")),
+    ("qwen2moe", "mlp.shared_expert_gate.weight", None),
+    ("granite", "self_attn.k_proj.weight", Target("blk.0.attn_k.weight", 2)),
+    ("granitemoe", "block_sparse_moe.router.layer.weight", Target("blk.0.ffn_gate_inp.weight")),
+    ("granitemoe", "block_sparse_moe.input_linear.weight", None),
+    ("smollm3", "self_attn.q_proj.weight", Target("blk.0.attn_q.weight", 4)),
+    ("olmo2", "self_attn.q_proj.weight", Target("blk.0.attn_q.weight")),
+    ("olmo2", "post_attention_layernorm.weight", Target("blk.0.post_attention_norm.weight")),
+    ("olmo2", "post_feedforward_layernorm.weight", Target("blk.0.post_ffw_norm.weight")),
+    ("seed_oss", "post_attention_layernorm.weight", Target("blk.0.post_attention_norm.weight")),
+    ("internlm2", "feed_forward.w3.weight", Target("blk.0.ffn_up.weight")),
+    ("internlm2", "attention.wqkv.weight", None),
+    ("starcoder2", "mlp.c_fc.bias", Target("blk.0.ffn_up.bias")),
+    ("phi2", "self_attn.dense.weight", Target("blk.0.attn_output.weight")),
+    ("command-r", "self_attn.q_proj.weight", Target("blk.0.attn_q.weight")),
+    ("gemma", "mlp.down_proj.weight", Target("blk.0.ffn_down.weight")),
+    ("gemma", "input_layernorm.weight", None),
+    ("nemotron", "input_layernorm.bias", None),
+    ("glm4", "mlp.gate_up_proj.weight", Target("blk.0.ffn_up.weight")),
+    ("glm4", "post_attention_layernorm.weight", Target("blk.0.ffn_norm.weight")),
+    ("glm4", "post_self_attn_layernorm.weight", Target("blk.0.post_attention_norm.weight")),
+    ("dots1", "mlp.gate_proj.weight", Target("blk.0.ffn_gate.weight")),
+    ("dots1", "mlp.shared_experts.down_proj.weight", None),  # layer 0 is dense
+    ("hunyuan-moe", "mlp.shared_mlp.gate_proj.weight", Target("blk.0.ffn_gate_shexp.weight")),
+    ("hunyuan-dense", "self_attn.key_layernorm.weight", Target("blk.0.attn_k_norm.weight")),
+    ("bailingmoe", "attention.query_key_value.weight", None),
+    ("apertus", "feedforward_layernorm.weight", Target("blk.0.ffn_norm.weight")),
+])  # fmt: skip
+def test_other_architectures(arch, parameter, expected):
+    model = model_class(arch)(HParams.from_gguf(Tiny(arch).all_metadata(), 500))
+    assert hf_target(model)(f"model.layers.0.{parameter}") == expected
+
+
+def test_norms_whose_weights_the_converter_shifts():
+    model = model_class("gemma")(HParams.from_gguf(Tiny("gemma").all_metadata(), 500))
+    assert hf_target(model)("model.norm.weight") is None

@@ -1,0 +1,38 @@
+"""DeepSeek 1 with experts: the first layers are dense, experts' weights do not sum to 1, some are shared.
+
+Source: llama.cpp src/models/deepseek.cpp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pyggml_adapt.ggml import Tensor
+from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.models import tables
+from pyggml_adapt.models.base import TensorSpec, register
+from pyggml_adapt.models.hparams import Keys, read_experts
+from pyggml_adapt.models.llama import Llama
+
+
+@register("deepseek")
+class Deepseek(Llama):
+    rope_freqs = False
+    experts = "required"
+    bias = None
+    attn_out = ""
+
+    @classmethod
+    def read_hparams(cls, keys: Keys) -> dict[str, Any]:
+        return super().read_hparams(keys) | read_experts(keys) | {"expert_weights_norm": False}
+
+    def ffn_tensors(self, il: int) -> Iterator[TensorSpec]:
+        if il < self.hp.n_layer_dense_lead:
+            yield from tables.ffn(self.hp)
+        else:
+            yield from tables.experts(self.hp)
+            yield from tables.shared_expert(self.hp)
+
+    def build_ffn(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
+        return g.ffn(cur, w, il) if il < self.hp.n_layer_dense_lead else g.shared_moe_ffn(cur, w, il)

@@ -1,0 +1,127 @@
+"""What architectures cannot have, or have but not here: one sentence that names the key or the tensor."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_models import EXPERTS, Tiny, tensors_of, write_gguf
+
+import pyggml_adapt as pga
+from pyggml_adapt.errors import ModelError
+from pyggml_adapt.ggml import Type
+from pyggml_adapt.models import HParams, architectures, model_class
+
+
+def model_of(arch, changes=None, **variant):
+    metadata = {**Tiny(arch, **variant).all_metadata(), **(changes or {})}
+    return model_class(arch)(HParams.from_gguf({k: v for k, v in metadata.items() if v is not None}, 500))
+
+
+def found_in(model, specs=None):
+    """Return the required tensors of a model as check_tensors sees them."""
+    specs = [spec for spec in model.all_tensors() if spec.required] if specs is None else specs
+    return {s.name: SimpleNamespace(ne=s.ne + (1,) * (4 - len(s.ne)), type=Type.F32) for s in specs}
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_every_required_tensor_is_missed(arch):
+    model = model_of(arch)
+    found = found_in(model)
+    model.check_tensors(found)
+    for name in found:
+        with pytest.raises(ModelError, match=f"^tensor {name} is missing$"):
+            model.check_tensors({other: tensor for other, tensor in found.items() if other != name})
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_every_tensor_has_a_shape(arch):
+    model = model_of(arch)
+    for spec in model.all_tensors():
+        found = found_in(model)
+        found[spec.name] = SimpleNamespace(ne=(*spec.ne[:-1], spec.ne[-1] + 1, 1, 1, 1)[:4], type=Type.F32)
+        with pytest.raises(ModelError, match=rf"^tensor {spec.name} has shape \[.+\], not \[.+\]$"):
+            model.check_tensors(found)
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_a_tensor_of_another_architecture(arch):
+    model = model_of(arch)
+    with pytest.raises(ModelError, match=f"^tensor blk.0.attn_sinks.weight is not one that architecture {arch} has$"):
+        model.check_tensors(
+            {**found_in(model), "blk.0.attn_sinks.weight": SimpleNamespace(ne=(1, 1, 1, 1), type=Type.F32)}
+        )
+
+
+def test_tensors_that_exclude_each_other():
+    model = model_of("qwen2")
+    fused = [spec for spec in model.all_tensors() if spec.required or spec.name == "blk.0.attn_qkv.weight"]
+    with pytest.raises(ModelError, match=r"^tensors blk.0.attn_q.weight and blk.0.attn_qkv.weight exclude each other$"):
+        model.check_tensors(found_in(model, fused))
+
+
+@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize("value", [-1, 1 << 40, "8", 2.5])
+def test_counts_that_cannot_be(arch, value):
+    for key, usual in Tiny(arch).all_metadata().items():
+        if type(usual) is int and not key.endswith("vocab_size"):
+            with pytest.raises(ModelError, match=f"^{key} (= |must be a whole number, not )"):
+                model_of(arch, {key: value})
+
+
+@pytest.mark.parametrize(("arch", "key", "value", "message"), [
+    ("stablelm", "attention.layer_norm_epsilon", None, "the metadata has no stablelm.attention.layer_norm_epsilon"),
+    ("stablelm", "attention.layer_norm_epsilon", -1.0, "stablelm.attention.layer_norm_epsilon = -1.0 is not"),
+    ("stablelm", "rope.dimension_count", 64, "stablelm.rope.dimension_count = 64 is above the head size 32"),
+    ("stablelm", "rope.dimension_count", 15, "stablelm.rope.dimension_count = 15 is not the head size 32, or odd"),
+    ("qwen2", "rope.dimension_count", 16, "qwen2.rope.dimension_count = 16 is not the head size 32"),
+    ("qwen2", "expert_group_count", 4, "qwen2.expert_group_count = 4 is not implemented"),
+    ("qwen3", "nextn_predict_layers", 1, "qwen3.nextn_predict_layers = 1 is not implemented"),
+    ("qwen3", "attention.causal", False, "qwen3.attention.causal = False is not implemented"),
+    ("qwen3", "rope.scaling.type", "longrope", "qwen3.rope.scaling.type = 'longrope' is not implemented"),
+    ("granite", "logit_scale", None, "the metadata has no granite.logit_scale"),
+    ("granite", "logit_scale", 0.0, "granite.logit_scale = 0.0 is not a finite number of at least 1e-30"),
+    ("granite", "rope.scaling.finetuned", 1, "granite.rope.scaling.finetuned must be true or false, not 1"),
+    ("granite", "deepstack_mapping", np.array([-1, 0]), r"granite.deepstack_mapping = \[-1  0\] is not implemented"),
+    ("olmo2", "attention.sliding_window", 128, "olmo2.attention.sliding_window = 128 is not implemented"),
+    ("olmoe", "attention.head_count_kv", 2, "olmoe.attention.head_count_kv = 2 is not head_count 4"),
+    ("dots1", "attention.head_count_kv", 2, "dots1.attention.head_count_kv = 2 is not head_count 4"),
+    ("dots1", "expert_gating_func", 3, "dots1.expert_gating_func = 3 is not implemented; implemented are 1 and "),
+    ("dots1", "expert_gating_func", None, "the metadata has no dots1.expert_gating_func"),
+    ("mistral3", "attention.temperature_scale", 0.1, "mistral3.attention.temperature_scale = 0.1 is not implemented"),
+    ("ernie4_5-moe", "interleave_moe_layer_step", 2, "ernie4_5-moe.interleave_moe_layer_step = 2 is not implemented"),
+    ("hunyuan-dense", "rope.dimension_sections", np.array([8, 8, 0, 0]), r"hunyuan-dense.rope.dimension_sections = \["),
+    ("hunyuan-dense", "rope.scaling.alpha", 1e30, "hunyuan-dense.rope.scaling.alpha = 1e.30 is too large"),
+    ("glm4", "rope.dimension_sections", np.array([8, 8, 0, 0]), r"glm4.rope.dimension_sections = \[8 8 0 0\] is not"),
+    ("baichuan", "block_count", 40, "baichuan.block_count = 40, for which attention with ALiBi is not implemented"),
+])  # fmt: skip
+def test_keys(arch, key, value, message):
+    with pytest.raises(ModelError, match=f"^{message}"):
+        model_of(arch, {f"{arch}.{key}": value})
+
+
+@pytest.mark.parametrize("value", [None, [0.5], [0.5, 0.5, 0.5], ["a", "b"], float("nan"), True])
+def test_one_xielu_for_each_layer(value):
+    message = "the metadata has no xielu.beta" if value is None else "xielu.beta must be a finite number for each of 2"
+    with pytest.raises(ModelError, match=f"^{message}"):
+        model_of("apertus", {"xielu.beta": value})
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_experts_or_none(arch):
+    kind = model_class(arch).experts
+    if kind == "none":
+        with pytest.raises(ModelError, match=f"^{arch}.expert_count = 4, but architecture {arch} has no experts$"):
+            model_of(arch, metadata=EXPERTS)
+    elif kind == "required":
+        with pytest.raises(
+            ModelError, match=f"^{arch}.expert_count is absent or 0, but architecture {arch} has experts"
+        ):
+            model_of(arch, metadata={"expert_count": None, "expert_used_count": None})
+
+
+def test_the_file_is_named(tmp_path):
+    tiny = Tiny("granite", tokenizer=False)
+    metadata = {**tiny.all_metadata(), "granite.logit_scale": 0.0}
+    path = write_gguf(tmp_path / "zero.gguf", metadata, tensors_of(tiny), tokenizer=False)
+    with pytest.raises(ModelError, match=f"^{path}: granite.logit_scale = 0.0 is not"):
+        pga.Host(path)
