@@ -11,6 +11,7 @@ from types import TracebackType
 from pyggml_adapt.errors import FileAccessError, OverwriteError, StrPath
 
 _COPY_NBYTES = 8 << 20
+_WRITE_NBYTES = 1 << 20  # at a time: for more, Linux looks for larger pages, and takes twice as long to find them
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 
@@ -63,7 +64,7 @@ class AtomicFile:
         view = memoryview(data).cast("B")
         try:
             while view:
-                n = os.write(self._fd, view)
+                n = os.write(self._fd, view[:_WRITE_NBYTES])
                 self.nbytes += n
                 view = view[n:]
         except OSError as exc:

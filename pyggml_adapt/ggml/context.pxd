@@ -46,4 +46,5 @@ cdef class Tensor:
     cdef c.ggml_tensor * ptr(self) except NULL
     cdef c.ggml_tensor * with_data(self) except NULL
     cdef c.ggml_backend_buffer * buffer(self) except NULL
+    cdef int copy_in(self, data, size_t offset, list held) except -1
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL

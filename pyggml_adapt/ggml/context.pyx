@@ -218,6 +218,27 @@ cdef class Context(Owner):
             tensor.name = name
         return tensor
 
+    def set_data(self, tuple tensors not None, tuple data not None):
+        """Copy one contiguous buffer into each of some tensors of this Context; what owns them is looked at once.
+
+        Raises: ShapeError if a tensor is another Context's, or the numbers differ; as Tensor.set_data: those before
+        are written then.  Releases the GIL.
+        Wraps: ggml_backend_tensor_set.
+        """
+        cdef Py_ssize_t i
+        cdef Tensor tensor
+        cdef list held = acquire([self])
+        try:
+            if len(tensors) != len(data):
+                raise ShapeError(f"set_data: {len(data)} buffers for {len(tensors)} tensors")
+            for i in range(len(tensors)):
+                tensor = <Tensor?> tensors[i]
+                if tensor.ctx is not self:
+                    raise ShapeError(f"set_data: {tensor!r} belongs to another Context")
+                tensor.copy_in(data[i], 0, held)
+        finally:
+            release(held)
+
 
 cdef class Tensor:
     """Borrow one ggml_tensor; its Context stays alive with it."""
@@ -330,22 +351,27 @@ cdef class Tensor:
         read-only mapping.  Releases the GIL.
         Wraps: ggml_backend_tensor_set.
         """
+        cdef list held = acquire([self.ctx])
+        try:
+            self.copy_in(data, offset, held)
+        finally:
+            release(held)
+
+    cdef int copy_in(self, data, size_t offset, list held) except -1:
+        """Do what set_data() does; held: the owners of the tensor's Context, acquired."""
         cdef Py_buffer view
         cdef c.ggml_tensor * t
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            held = acquire([self.ctx])
-            try:
-                t = self.range(offset, view.len)
-                for owner in held:
-                    if (<Owner> owner).owns_readonly(self.buffer()):
-                        raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
-                with nogil:
-                    c.ggml_backend_tensor_set(t, view.buf, offset, view.len)
-            finally:
-                release(held)
+            t = self.range(offset, view.len)
+            for owner in held:
+                if (<Owner> owner).owns_readonly(self.buffer()):
+                    raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
+            with nogil:
+                c.ggml_backend_tensor_set(t, view.buf, offset, view.len)
         finally:
             PyBuffer_Release(&view)
+        return 0
 
     def get_data(self, out, size_t offset=0):
         """Copy the tensor's bytes from `offset` into the writable contiguous buffer `out`, and return it.

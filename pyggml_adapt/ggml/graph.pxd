@@ -13,6 +13,7 @@ cdef class CGraph:
     cdef Tensor _wrap(self, c.ggml_tensor * t)
     cdef int _check_node(self, Backend backend, c.ggml_tensor * t, list owners) except -1
     cdef int _check_supported(self, Backend backend, list owners) except -1
+    cdef c.ggml_status _compute_into(self, Backend backend, Tensor result, out) except *
 
 
 cdef class GAllocr(Owner):

@@ -1,5 +1,6 @@
 """Graphs, what allocates and computes them, and slots: leaves that can be pointed at other tensors' data."""
 
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free, malloc
 
@@ -110,13 +111,45 @@ cdef class CGraph:
         self._supported_by = backend
         return 0
 
-    def compute(self, Backend backend not None):
+    cdef c.ggml_status _compute_into(self, Backend backend, Tensor result, out) except *:
+        """Compute, and leave the bytes of `result` in the buffer `out`."""
+        cdef Py_buffer view
+        cdef c.ggml_tensor * t
+        cdef void * own
+        cdef c.ggml_status status
+        cdef int last = c.ggml_graph_n_nodes(self._ptr) - 1
+        cdef bint at_once
+        if result.ctx is not self.ctx:
+            raise ShapeError(f"compute: tensor {result.name!r} belongs to another Context than the graph")
+        PyObject_GetBuffer(out, &view, PyBUF_WRITABLE)
+        try:
+            t = result.range(0, 0)
+            own = t.data
+            if <size_t> view.len != c.ggml_nbytes(t):
+                raise ShapeError(f"compute: {view.len} bytes for tensor {result.name!r} of {c.ggml_nbytes(t)}")
+            # of the last node no other reads, so a CPU can as well write it elsewhere; device memory goes by address
+            at_once = (backend._pool != NULL and t.view_src == NULL
+                       and last >= 0 and t == c.ggml_graph_node(self._ptr, last))
+            if at_once:
+                t.data = view.buf
+            with nogil:
+                status = c.ggml_backend_graph_compute(backend._ptr, self._ptr)
+                t.data = own
+                if not at_once and status == c.GGML_STATUS_SUCCESS:
+                    c.ggml_backend_tensor_get(t, view.buf, 0, view.len)
+        finally:
+            PyBuffer_Release(&view)
+        return status
+
+    def compute(self, Backend backend not None, Tensor result=None, out=None):
         """Compute every node.  Releases the GIL.
 
-        Raises: ClosedError if an owner of a tensor was closed, BackendError if the backend cannot compute a node,
-        IndexRangeError if an input picks a row or expert that is not there, BusyError if another thread computes with
-        the backend or the graph, ComputeAborted if the backend's abort flag
-        was set.
+        result, out: a contiguous tensor, and the writable contiguous buffer that its bytes are wanted in; of the last
+        node they are not copied but computed there.
+        Raises: ShapeError if `out` has another size or `result` another Context; ClosedError if an owner of a tensor
+        was closed, BackendError if the backend cannot compute a node, IndexRangeError if an input picks a row or expert
+        that is not there, BusyError if another thread computes with the backend or the graph, ComputeAborted if the
+        backend's abort flag was set.
         Wraps: ggml_backend_graph_compute.
         """
         cdef c.ggml_cgraph * graph = self.ptr()
@@ -129,8 +162,11 @@ cdef class CGraph:
         try:
             self._check_supported(backend, owners)
             check_indices(self, self._indices)
-            with nogil:
-                status = c.ggml_backend_graph_compute(b, graph)
+            if result is not None:
+                status = self._compute_into(backend, result, out)
+            else:
+                with nogil:
+                    status = c.ggml_backend_graph_compute(b, graph)
         finally:
             release(owners)
         check(status, "graph compute")
@@ -180,8 +216,7 @@ cdef class GAllocr(Owner):
         check_foreign(graph)
         check_not_empty(graph)
         self._served = True
-        with nogil:
-            ok = c.ggml_gallocr_alloc_graph(self._ptr, g)
+        ok = c.ggml_gallocr_alloc_graph(self._ptr, g)  # with the GIL: nobody can close what the graph uses meanwhile
         if not ok:
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
         graph.ctx.depend_on(self)
@@ -249,8 +284,7 @@ cdef class Sched(Owner):
         self._check_supported(graph)
         self._served = True
         self._indices = find_indices(graph)
-        with nogil:
-            ok = c.ggml_backend_sched_alloc_graph(self._ptr, g)
+        ok = c.ggml_backend_sched_alloc_graph(self._ptr, g)  # with the GIL, as GAllocr's
         if not ok:
             raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
         graph.ctx.depend_on(self)

@@ -5,12 +5,15 @@ Source: llama.cpp src/llama-graph.cpp, src/llama-kv-cache.cpp (set_input_*)
 
 from __future__ import annotations
 
+import struct
 from typing import Protocol
 
 import numpy as np
 
 from pyggml_adapt.ggml import Context, Tensor, Type
 
+_I32, _I64 = struct.Struct("=i").pack, struct.Struct("=q").pack
+_FIRST = _I32(0)
 HADAMARD_MIN = 64  # heads that are a multiple of this are rotated before they are quantised into the cache
 
 
@@ -62,6 +65,11 @@ class Inputs:
         self.v_rot = self._new("attn_inp_v_rot", Type.F32, v_rot, v_rot).set_output() if v_rot else None
         self.out_ids = self._new("out_ids", Type.I32, n_outputs) if n_outputs else None
         self._mask = np.empty((n_tokens, n_kv), dtype=np.float16 if flash_attn else np.float32)
+        steps = np.zeros(2 * n_kv if n_tokens == 1 else 0, dtype=self._mask.dtype)
+        steps[n_kv:] = -np.inf
+        self._steps = steps.data  # n_kv elements from n_kv - i on are a mask that shows i cells
+        step_tensors = self.tokens, self.pos, self.k_idxs, self.v_idxs, self.out_ids, self.kq_mask
+        self._step_tensors = tuple(tensor for tensor in step_tensors if tensor is not None)
 
     def _new(self, name: str, type: Type, *ne: int) -> Tensor:
         return self._ctx.new_tensor(type, ne, name).set_input()
@@ -90,6 +98,14 @@ class Inputs:
         self._mask.fill(-np.inf)
         self._mask[batch.mask(self.n_kv)] = 0
         self.kq_mask.set_data(self._mask)
+
+    def fill_step(self, token: int, pos: int) -> None:
+        """Write those inputs of a graph of one token and one output: in cell `pos`, it sees all cells up to its own."""
+        cell = _I64(pos)
+        v_idxs = self._element_idxs(np.array([pos])) if self.v_trans else cell
+        start = self.n_kv - pos - 1
+        mask = self._steps[start : start + self.n_kv]
+        self._ctx.set_data(self._step_tensors, (_I32(token), _I32(pos), cell, v_idxs, _FIRST, mask))
 
     def _element_idxs(self, cells: np.ndarray) -> np.ndarray:
         """Return where each element of V goes in the transposed cache, int64 [n_tokens, n_embd_v_gqa]."""

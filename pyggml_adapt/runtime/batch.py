@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pyggml_adapt.errors import TokenError
+from pyggml_adapt.graph.inputs import Inputs
 from pyggml_adapt.runtime.kv_cache import KVCache
 
 _NO_STATES: Mapping[int, np.ndarray] = {}
@@ -40,18 +41,75 @@ class UBatch:
         self.first_layer, self.embd, self.states = first_layer, embd, states
         self.cells = cache.find_slot(len(tokens))
 
+    @property
+    def n_tokens(self) -> int:
+        """Return the number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def n_outputs(self) -> int:
+        """Return how many tokens' logits are wanted."""
+        return len(self.out_ids)
+
+    @property
+    def part(self) -> tuple[int, tuple[int, ...]]:
+        """Return the layer to start from, and those whose inputs are wanted."""
+        return self.first_layer, tuple(self.states)
+
+    def store(self) -> None:
+        """Mark the cells as its own."""
+        self._cache.store(self.cells, self.pos, self.seq_id)
+
+    def release(self) -> None:
+        """Mark the cells as empty again."""
+        self._cache.release(self.cells)
+
+    def fill(self, inputs: Inputs) -> None:
+        """Write what is evaluated into a graph's inputs."""
+        inputs.fill(self)
+
     def mask(self, n_kv: int) -> np.ndarray:
         """Return bool [n_tokens, n_kv]: whether each token may see each cell."""
         return self._cache.mask(self.pos, self.seq_id, n_kv)
 
 
-def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> np.ndarray:
-    """Return token ids as int32 [n].
+class Step:
+    """One token that follows all others of its cache, see KVCache.is_next(); as a UBatch, but made of two numbers.
+
+    Every token that is generated is one, and after its computation the caches of the CPU are cold: what it touches
+    here is what counts.
+    """
+
+    __slots__ = ("_cache", "pos", "token")
+
+    n_tokens = n_outputs = 1
+    first_layer = 0
+    states = _NO_STATES
+    part: tuple[int, tuple[int, ...]] = (0, ())
+
+    def __init__(self, cache: KVCache, token: int, pos: int):
+        self._cache, self.token, self.pos = cache, token, pos
+
+    def store(self) -> None:
+        """Mark the cell as its own."""
+        self._cache.store_next()
+
+    def release(self) -> None:
+        """Mark the cell as empty again."""
+        self._cache.release(np.array([self.pos]))
+
+    def fill(self, inputs: Inputs) -> None:
+        """Write what is evaluated into a graph's inputs."""
+        inputs.fill_step(self.token, self.pos)
+
+
+def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> list[int]:
+    """Return token ids as a list.
 
     Raises: TokenError if there are none or one is not from 0 to n_vocab - 1, naming it.
     """
     if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < n_vocab:
-        return np.array(ids, dtype=np.int32)  # one more token: the case whose microseconds count
+        return ids.copy()  # one more token: the case whose microseconds count
     try:
         tokens = np.asarray(ids)
         if tokens.size and tokens.dtype.kind not in "iu":
@@ -63,7 +121,7 @@ def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> np.ndarray:
     if tokens.min() < 0 or tokens.max() >= n_vocab:
         bad = np.flatnonzero((tokens < 0) | (tokens >= n_vocab))[0]
         raise TokenError(f"token id {tokens[bad]} at position {bad} is not from 0 to {n_vocab - 1}")
-    return np.ascontiguousarray(tokens, dtype=np.int32)
+    return tokens.tolist()
 
 
 def split(

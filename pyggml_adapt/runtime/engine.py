@@ -13,7 +13,7 @@ from pyggml_adapt.ggml import Backend, BufferType, CGraph, Context, GAllocr, Slo
 from pyggml_adapt.graph.builder import GraphBuilder, Weights
 from pyggml_adapt.graph.inputs import Inputs, hadamard_sizes
 from pyggml_adapt.models import Model
-from pyggml_adapt.runtime.batch import UBatch
+from pyggml_adapt.runtime.batch import Step, UBatch
 from pyggml_adapt.runtime.kv_cache import KVCache
 from pyggml_adapt.weights.adaptor import Adaptor
 from pyggml_adapt.weights.task import TaskWeights
@@ -100,12 +100,10 @@ class Program:
         if self._weights is not None and adaptor in self._weights.adaptors:
             self._weights = None
 
-    def run(self, backend: Backend, batch: UBatch, out: np.ndarray | None) -> None:
+    def run(self, backend: Backend, batch: UBatch | Step, out: np.ndarray | None) -> None:
         """Compute `batch` and write the logits into out, F32 [n_outputs, n_vocab].  Releases the GIL."""
-        self.inputs.fill(batch)
-        self.graph.compute(backend)
-        if self.logits is not None:
-            self.logits.get_data(out)
+        batch.fill(self.inputs)
+        self.graph.compute(backend, self.logits, out)
         for il, state in self._states.items():
             state.get_data(batch.states[il])
 
@@ -118,6 +116,7 @@ class Engine:
         self.flash_attn = flash_attn
         self._buffer_type = self.backend.device.buffer_type
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        self._last: tuple[tuple, Program] | None = None  # of them the key and program used last
         self._lock = threading.Lock()
 
     @property
@@ -126,7 +125,9 @@ class Engine:
         with self._lock:
             return sum(program.nbytes for program in self._programs.values())
 
-    def eval(self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch, out: np.ndarray | None) -> None:
+    def eval(
+        self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch | Step, out: np.ndarray | None
+    ) -> None:
         """Evaluate `batch`: its K and V go into the cache, its logits into out, F32 [n_outputs, n_vocab].
 
         If it fails, the cache is as before.
@@ -135,14 +136,14 @@ class Engine:
         with self._lock:
             if self.backend.closed:
                 raise ClosedError("the Engine is closed")  # and the files, which cannot be looked at, soon are
-            cache.store(batch.cells, batch.pos, batch.seq_id)
+            batch.store()
             try:
                 weights.check_unchanged()
                 program = self._program(model, weights, cache, batch)
                 program.bind(weights, cache)
                 program.run(self.backend, batch, out)
             except BaseException:
-                cache.release(batch.cells)
+                batch.release()
                 raise
 
     def bind(self, model: Model, weights: TaskWeights) -> None:
@@ -158,12 +159,14 @@ class Engine:
             for program in self._programs.values():
                 program.forget(adaptor)
 
-    def _program(self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch) -> Program:
-        n_tokens, n_outputs, n_kv = len(batch.tokens), len(batch.out_ids), cache.n_kv(batch.cells)
-        part = batch.first_layer, tuple(batch.states)
-        key = (model.hp, weights.layout, cache.layout, n_tokens, n_outputs, n_kv, part)
+    def _program(self, model: Model, weights: TaskWeights, cache: KVCache, batch: UBatch | Step) -> Program:
+        n_tokens, n_outputs, n_kv = batch.n_tokens, batch.n_outputs, cache.n_kv
+        key = (model.hp, weights.layout, cache.layout, n_tokens, n_outputs, n_kv, batch.part)
+        if self._last is not None and key == self._last[0]:  # as a rule, and without hashing all hyper-parameters
+            return self._last[1]
         program = self._programs.get(key)
         if program is None:
+            self._last = None  # it may be dropped
             self._trim()
             program = Program(
                 model,
@@ -179,6 +182,7 @@ class Engine:
             )
             self._programs[key] = program
         self._programs.move_to_end(key)
+        self._last = key, program
         return program
 
     def _trim(self) -> None:
@@ -192,4 +196,5 @@ class Engine:
         """Free all graphs and the threads."""
         with self._lock:
             self._programs.clear()
+            self._last = None
             self.backend.close()

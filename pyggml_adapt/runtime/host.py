@@ -197,7 +197,7 @@ class Host:
         Raises: AdaptorError (adaptor_exists, adaptor_not_found, adaptor_invalid if they exclude each other).
         """
         check_name(task)
-        if isinstance(adaptors, str) or not adaptors or not all(isinstance(part, str) for part in adaptors):
+        if not isinstance(adaptors, (list, tuple)) or not adaptors or not all(isinstance(p, str) for p in adaptors):
             raise ParameterError(f"task {task!r}: adaptors must be a list of names, as ['code:0.7', 'sum:0.3']")
         with self._lock:
             self._check_open()
@@ -322,7 +322,8 @@ class Host:
         """
         start = time.perf_counter()
         with self._lock:
-            weights = self._peek(self._name(task))
+            self._check_open()
+            weights = self._peek(task)
             self._engine.bind(self._tasks[task].model, weights)
             self._active = task
         return Swap(task, weights.own_nbytes, (time.perf_counter() - start) * 1e3)
@@ -352,7 +353,7 @@ class Host:
                 ranges[f"adaptor {name}"] = adaptor.memory.address_range() if adaptor.is_resident else (0, 0)
             kv = sum(session.kv_nbytes for session in self._sessions)
             boundary = sum(session.boundary_nbytes for session in self._sessions)
-        found, process = pages_of(ranges)
+            found, process = pages_of(ranges)  # while no other file can come to where one was
         foundation = found.pop("foundation")
         own = {key.removeprefix("adaptor "): pages for key, pages in found.items()}
         return Memory(foundation, own, kv, boundary, self._engine.compute_nbytes, process)
@@ -475,16 +476,17 @@ class Host:
             raise ClosedError("this Host is closed")
 
     def close(self) -> None:
-        """Close all sessions, stop the threads and unmap all files; closing twice is allowed."""
-        if self._prefetcher is not None:
-            self._prefetcher.shutdown(cancel_futures=True)  # it takes the lock
+        """Close sessions, threads and files; closing twice is allowed.  Raises: BusyError, as Session.close()."""
         with self._lock:
             for session in list(self._sessions):
                 session.close()
+            self._closed = True  # from here on nothing begins
+        if self._prefetcher is not None:
+            self._prefetcher.shutdown(cancel_futures=True)  # it takes the lock
+        with self._lock:
             self._tasks.clear()
             self._engine.close()
             self._store.close()
-            self._closed = True
 
     def __enter__(self) -> Host:
         return self

@@ -51,6 +51,7 @@ class KVCache:
             raise ParameterError(f"n_seq_max = {n_seq_max} is not from 1 to {N_SEQ_MAX}")
         self.n_ctx, self.n_seq_max, self.type_k, self.type_v = n_ctx, n_seq_max, type_k, type_v
         self.n_cells, self._v_trans = _pad(n_ctx), not flash_attn
+        self.layout = self.n_cells, int(type_k), int(type_v)  # what a graph depends on: equal layouts share graphs
         self.pos = np.full(self.n_cells, -1, dtype=np.int32)  # -1: empty
         self.seqs = np.zeros(self.n_cells, dtype=np.uint64)  # bit s: belongs to sequence s
         self._n_used = 0  # cells in use
@@ -85,11 +86,6 @@ class KVCache:
                 tensors.append(tensor)
         self.table = TensorTable([*self.k_l, *self.v_l])
 
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        """Return what a graph depends on: equal layouts share graphs."""
-        return self.n_cells, int(self.type_k), int(self.type_v)
-
     def find_slot(self, n_tokens: int) -> np.ndarray:
         """Return the first n_tokens empty cells, int64.
 
@@ -103,9 +99,10 @@ class KVCache:
             raise ContextFullError(f"{n_tokens} more tokens do not fit: {free.size} of {self.n_cells} cells are free")
         return free[:n_tokens]
 
-    def n_kv(self, cells: np.ndarray) -> int:
-        """Return how many cells, padded, a batch that writes `cells` must look at."""
-        return min(self.n_cells, _pad(max(self.used_max, int(cells[-1]) + 1)))
+    @property
+    def n_kv(self) -> int:
+        """Return how many cells, padded, the batch stored last must look at."""
+        return -(-self.used_max // N_PAD) * N_PAD
 
     def store(self, cells: np.ndarray, pos: np.ndarray, seq_id: np.ndarray) -> None:
         """Mark empty cells, in ascending order, as holding positions `pos` of sequences `seq_id`."""
@@ -115,6 +112,16 @@ class KVCache:
         self.used_max = max(self.used_max, int(cells[-1]) + 1)
         if self._in_order:
             self._in_order = int(pos[0]) == int(cells[0]) and (len(pos) == 1 or np.array_equal(pos, cells))
+
+    def is_next(self, pos: int) -> bool:
+        """Return whether there is one sequence, in order and without gaps, that position `pos` comes after."""
+        return self._in_order and self._n_used == self.used_max == pos < self.n_cells
+
+    def store_next(self) -> None:
+        """Mark the next cell as holding the next position, where is_next() says that this can be."""
+        n = self.used_max
+        self.pos[n], self.seqs[n] = n, 1
+        self._n_used = self.used_max = n + 1
 
     def _bits(self, seq_id: np.ndarray) -> np.ndarray:
         return _FIRST if self.n_seq_max == 1 else np.left_shift(_FIRST, seq_id.astype(np.uint64))
@@ -182,10 +189,6 @@ class KVCache:
 
     def mask(self, pos: np.ndarray, seq_id: np.ndarray, n_kv: int) -> np.ndarray:
         """Return bool [n_tokens, n_kv]: each token sees the cells of its sequence up to its own position."""
-        if self._in_order and len(pos) == 1 and self._n_used == self.used_max:  # decoding: spare it the searches
-            visible = np.zeros((1, n_kv), dtype=bool)
-            visible[0, : int(pos[0]) + 1] = True
-            return visible
         visible = self.pos[:n_kv] <= pos[:, None]
         visible &= (self.seqs[:n_kv] & self._bits(seq_id)[:, None]) != 0
         return visible

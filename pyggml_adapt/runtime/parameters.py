@@ -21,7 +21,7 @@ def count(name: str, value: int, *, least: int = 1, most: int = MAX_COUNT) -> in
 
 def check_name(task: str) -> None:
     """Raise AdaptorError (adaptor_invalid) unless it can be a task's name."""
-    if not task or not isinstance(task, str):
+    if not isinstance(task, str) or not task:
         raise AdaptorError(f"a task needs a name, not {task!r}", code="adaptor_invalid")
 
 

@@ -13,14 +13,13 @@ import numpy as np
 
 from pyggml_adapt.errors import BusyError, ClosedError, ContextFullError, ParameterError, TokenError
 from pyggml_adapt.models import Model
-from pyggml_adapt.runtime.batch import UBatch, as_tokens, split
+from pyggml_adapt.runtime.batch import Step, UBatch, as_tokens, split
 from pyggml_adapt.runtime.engine import Engine
 from pyggml_adapt.runtime.fork import Boundaries, ForkReport, choose, first_difference
 from pyggml_adapt.runtime.kv_cache import KVCache
 from pyggml_adapt.runtime.sampling import SamplerParams, sample
 from pyggml_adapt.weights.task import TaskWeights
 
-_NOTHING = np.empty(0, dtype=np.int32)
 _NOTHING_TO_EVALUATE = "there is nothing to evaluate: the session was rewound or used since its last token"
 
 S = TypeVar("S", bound="Session")
@@ -123,30 +122,30 @@ class Session:
         """
         return self._advance(as_tokens(ids, self.n_vocab), all_logits)
 
-    def _advance(self, new: np.ndarray, all_logits: bool = False) -> np.ndarray:
+    def _advance(self, new: list[int], all_logits: bool = False) -> np.ndarray:
         """Evaluate what is not yet, then the tokens `new`, and return the logits of the last or of all of `new`."""
         with self._lock:
             self._check_open()
             self.check_fits(len(new))
             waiting = self._tokens[self._n_evaluated :]
-            if not waiting and not new.size:
+            if not waiting and not new:
                 raise TokenError(_NOTHING_TO_EVALUATE)
-            tokens = np.concatenate([np.array(waiting, dtype=np.int32), new]) if waiting else new
-            logits = self._append(tokens, all_logits)
+            logits = self._append(waiting + new if waiting else new, all_logits)
         return logits[len(waiting) :] if all_logits else logits[0]
 
     def _append(
-        self, tokens: np.ndarray, all_logits: bool = False, first_layer: int = 0, source: Boundaries | None = None
+        self, tokens: list[int], all_logits: bool = False, first_layer: int = 0, source: Boundaries | None = None
     ) -> np.ndarray:
         """Evaluate the tokens that follow the evaluated ones, and return the logits of the last or of all.
 
         The first of them may be known already.  first_layer, source: where to start from, if not from tokens.
         """
-        self._clean()
+        if self._dirty:
+            self._cache.seq_rm(0, self._n_evaluated)
         n_past = len(self._tokens)
         whole = len(tokens) > 1 and self._n_whole == n_past
         logits = self._evaluate(tokens, all_logits, whole, first_layer, source)
-        self._tokens.extend(tokens[n_past - self._n_evaluated :].tolist())
+        self._tokens.extend(tokens[n_past - self._n_evaluated :])
         self._n_evaluated = len(self._tokens)
         self._dirty = False
         self._last = self._n_evaluated, logits[-1].copy() if all_logits else logits[0]
@@ -155,12 +154,16 @@ class Session:
         return logits
 
     def _evaluate(
-        self, tokens: np.ndarray, all_logits: bool, whole: bool, first_layer: int, source: Boundaries | None
+        self, tokens: list[int], all_logits: bool, whole: bool, first_layer: int, source: Boundaries | None
     ) -> np.ndarray:
         logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
         done, n_past = 0, self._n_evaluated
         self._dirty = True
-        for piece, pos, out_ids in split(tokens, n_past, self.n_batch, self.n_ubatch, all_logits=all_logits):
+        if len(tokens) == 1 and source is None and self._cache.is_next(n_past):
+            self._engine.eval(self._model, self._weights, self._cache, Step(self._cache, tokens[0], n_past), logits)
+            return logits
+        ids = np.array(tokens, dtype=np.int32)
+        for piece, pos, out_ids in split(ids, n_past, self.n_batch, self.n_ubatch, all_logits=all_logits):
             batch = UBatch(self._cache, piece, pos, np.zeros(len(piece), dtype=np.int64), out_ids)
             if source is not None:
                 batch.first_layer, batch.embd = first_layer, source.read(first_layer, int(pos[0]), len(piece))
@@ -172,15 +175,9 @@ class Session:
             done += len(out_ids)
         return logits
 
-    def _clean(self) -> None:
-        """Give back the cells of an evaluation that failed or was interrupted."""
-        if self._dirty:
-            self._cache.seq_rm(0, self._n_evaluated)
-            self._dirty = False
-
     def check_fits(self, n_tokens: int) -> None:
         """Raise ContextFullError unless n_tokens more fit into the context."""
-        if self.n_past + n_tokens > self.n_ctx:
+        if len(self._tokens) + n_tokens > self.n_ctx:
             raise ContextFullError(
                 f"the context of {self.n_ctx} tokens holds {self.n_past}: "
                 f"{n_tokens} more do not fit; start the session with a larger n_ctx"
@@ -192,7 +189,7 @@ class Session:
         Raises: ParameterError if there are not so many.
         """
         self._check_open()
-        if not 0 <= n_past <= self.n_past:
+        if not isinstance(n_past, Integral) or not 0 <= n_past <= self.n_past:
             raise ParameterError(f"rewind: n_past = {n_past} is not from 0 to {self.n_past}")
         with self._lock:
             while self._n_whole > n_past:
@@ -221,7 +218,7 @@ class Session:
         if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 0):
             raise ParameterError(f"max_tokens = {max_tokens!r} is neither None nor a whole number from 0 on")
         empty = not ids.size if isinstance(ids, np.ndarray) else isinstance(ids, Sequence) and not ids
-        tokens = _NOTHING if empty and self._can_go_on else as_tokens(ids, self.n_vocab)
+        tokens = [] if empty and self._can_go_on else as_tokens(ids, self.n_vocab)
         self.check_fits(len(tokens))
         return Generation(self, tokens, max_tokens, params, stop_ids)
 
@@ -233,7 +230,7 @@ class Session:
         """Return the logits that the next token follows from."""
         self._check_open()
         if self._n_evaluated < len(self._tokens):
-            return self._advance(_NOTHING)
+            return self._advance([])
         logits = self.logits
         if logits is None:
             raise TokenError(_NOTHING_TO_EVALUATE)
@@ -269,21 +266,21 @@ class Session:
         if differs is None:
             copied = self._copy(source, known)
             return ForkReport(self.task, len(known), len(known), None, n_layer, n_layer, float(bool(known)), copied)
-        tokens = as_tokens(known, self.n_vocab) if known else _NOTHING
+        tokens = as_tokens(known, self.n_vocab) if known else []
         first_layer = source._kept.highest(differs)
         if differs == n_layer:
             n_reused, n_computed, copied = self._take_all_layers(source, tokens, first_layer)
             first_layer = n_layer
         else:
             n_reused, n_computed, copied = self._take_layers(source, tokens, first_layer)
-        if self.n_past < tokens.size:
-            n_computed += (tokens.size - self.n_past) * n_layer
+        if self.n_past < len(tokens):
+            n_computed += (len(tokens) - self.n_past) * n_layer
             self._append(tokens[self.n_past :])
-        saved = 1 - n_computed / (tokens.size * n_layer) if known else 0.0
+        saved = 1 - n_computed / (len(tokens) * n_layer) if known else 0.0
         first_layer = first_layer if n_reused else 0
         return ForkReport(self.task, len(known), n_reused, differs, first_layer, n_layer, saved, copied)
 
-    def _take_layers(self, source: Session, tokens: np.ndarray, first_layer: int) -> tuple[int, int, int]:
+    def _take_layers(self, source: Session, tokens: list[int], first_layer: int) -> tuple[int, int, int]:
         """Take the layers below first_layer, and compute the others from its input, call by call.
 
         Returns the number of tokens reused, of layers computed for a token, and of bytes of K and V copied.
@@ -295,7 +292,7 @@ class Session:
             self._append(tokens[self.n_past : end], first_layer=first_layer, source=kept if first_layer else None)
         return n_reused, source._n_whole * (self._model.hp.n_layer - first_layer), copied
 
-    def _take_all_layers(self, source: Session, tokens: np.ndarray, first_layer: int) -> tuple[int, int, int]:
+    def _take_all_layers(self, source: Session, tokens: list[int], first_layer: int) -> tuple[int, int, int]:
         """Take every layer, and compute the logits of the last call, if no token came after it.
 
         From the head's input if it was kept, else for the last piece of the call from first_layer's.  Returns as
@@ -310,9 +307,9 @@ class Session:
         elif n_whole:
             n_call = n_whole - (source._ends[-2] if len(source._ends) > 1 else 0)
             n_last = (n_call - 1) % self.n_batch % self.n_ubatch + 1
-        if n_whole < tokens.size:
+        if n_whole < len(tokens):
             n_last = 0
-        self._take_tokens(tokens[: n_whole - n_last].tolist())
+        self._take_tokens(tokens[: n_whole - n_last])
         if n_last:
             last = tokens[n_whole - n_last : n_whole]
             self._append(last, first_layer=first_layer, source=kept if first_layer else None)
@@ -374,7 +371,7 @@ class Generation:
     def __init__(
         self,
         session: Session,
-        prompt: np.ndarray,
+        prompt: list[int],
         max_tokens: int | None,
         params: SamplerParams,
         stop_ids: Collection[int],
@@ -391,12 +388,12 @@ class Generation:
     def __next__(self) -> int:
         return next(self._steps)
 
-    def _run(self, prompt: np.ndarray, max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
+    def _run(self, prompt: list[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
         session, rng, timings = self.session, self.params.generator(), self.timings
         looks_back = self.params.repeat_penalty != 1.0
         session._generation = self
         start = time.perf_counter()
-        logits = session.eval(prompt) if prompt.size else session._go_on()
+        logits = session.eval(prompt) if prompt else session._go_on()
         timings.prompt_n, timings.prompt_ms = len(prompt), (time.perf_counter() - start) * 1e3
         while self.finish_reason is None:
             if len(self.tokens) >= max_tokens or session.n_past >= session.n_ctx:
@@ -406,7 +403,7 @@ class Generation:
             if session._generation is not self:
                 raise BusyError("this generation cannot go on: another one has begun in its session")
             if self.tokens:
-                logits = session._advance(_NOTHING)
+                logits = session._advance([])
             token = sample(logits, self.params, session.tokens if looks_back else (), rng)
             session._tokens.append(token)
             timings.predicted_n += 1

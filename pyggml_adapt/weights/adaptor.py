@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyggml_adapt.errors import AdaptorError, StrPath
+from pyggml_adapt.errors import AdaptorError, FileAccessError, StrPath
 from pyggml_adapt.ggml import GGUFReader, Tensor, TensorInfo
 from pyggml_adapt.weights.foundation import Foundation
 from pyggml_adapt.weights.identity import (
@@ -217,16 +217,25 @@ class FileAdaptor(Adaptor):
         self.digests = {entry.name: entry.digest for entry in own if entry.name in self.whole}
 
     def _load(self) -> TensorMemory:
-        memory = MappedFile(self.path, self._infos, **self._options)
-        if memory.stamp == self.stamp:
-            return memory
-        memory.close()
+        while True:
+            self._check_replaced()
+            memory = MappedFile(self.path, self._infos, **self._options)
+            if memory.stamp == self.stamp:
+                return memory
+            memory.close()  # replaced since it was looked at
+
+    def _check_replaced(self) -> None:
+        """Raise AdaptorError (adaptor_changed) if the file is another one by now, unless its content is the same."""
+        try:
+            if stamp_of(self.path) == self.stamp:
+                return
+        except OSError as exc:
+            raise FileAccessError.of(self.path, exc) from exc
         now = FileAdaptor(self.name, self.path, self._foundation, **self._options)
         if now.content_id != self.content_id:
             raise self._changed("has other content than when it was loaded")
         now.check_data()
         self.stamp, self._infos = now.stamp, now._infos
-        return self._load()
 
     def check_data(self) -> None:
         """Raise AdaptorError (adaptor_changed) unless the file has the bytes that its content_id stands for."""
@@ -237,9 +246,13 @@ class FileAdaptor(Adaptor):
 
     def full_metadata(self) -> dict[str, object]:
         """Return all metadata of the task that it carries, read again from the file with its large arrays."""
+        if self.names is None and self.kind != LOW_RANK:
+            return {}
         with GGUFReader(self.path) as reader:
+            if stamp_of(reader.fileno()) != self.stamp:
+                raise self._changed("is another one than when it was loaded")
             metadata = dict(reader.metadata)
-        return metadata if self.names is not None else _tasks_own(metadata) if self.kind == LOW_RANK else {}
+        return metadata if self.names is not None else _tasks_own(metadata)
 
 
 class DirectoryAdaptor(Adaptor):
@@ -265,6 +278,7 @@ class DirectoryAdaptor(Adaptor):
 
     def _bias(self, name: str) -> np.ndarray | None:
         """Return a bias of the foundation's, F32."""
+        self._foundation.check_unchanged()
         tensor = self._foundation.tensors.get(name)
         return None if tensor is None else tensor.to_numpy()
 

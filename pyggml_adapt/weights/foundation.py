@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pyggml_adapt.errors import AdaptorError, StrPath
 from pyggml_adapt.ggml import GGUFReader
 from pyggml_adapt.weights.identity import kind, small_metadata
-from pyggml_adapt.weights.mapping import MappedFile
+from pyggml_adapt.weights.mapping import MappedFile, stamp_of
 
 
 class Foundation(MappedFile):
@@ -33,9 +33,22 @@ class Foundation(MappedFile):
         self.is_complete = found == "model"  # a model by itself, so that it is the task `base` too
 
     def full_metadata(self) -> dict[str, object]:
-        """Return all metadata, read again from the file with its large arrays."""
+        """Return all metadata, read again from the file with its large arrays.
+
+        Raises: FileAccessError; AdaptorError (foundation_changed) if the file is another one by now.
+        """
         with GGUFReader(self.path) as reader:
+            if stamp_of(reader.fileno()) != self.stamp:
+                raise self._changed("is another file than when it was loaded")
             return dict(reader.metadata)
+
+    def check_unchanged(self) -> None:
+        """Raise AdaptorError (foundation_changed) if the mapped file was written to."""
+        if self.has_changed():
+            raise self._changed("was written to while it was in use")
+
+    def _changed(self, detail: str) -> AdaptorError:
+        return AdaptorError(f"{self.path}: the foundation {detail}", code="foundation_changed")
 
     def close(self) -> None:
         """Unmap the file."""

@@ -5,7 +5,6 @@ Source: llama.cpp src/llama-adapter.cpp (names, orientation, scale), convert_lor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ ALPHA = "adapter.lora.alpha"
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"  # absent where it is tied to the embedding
 _FACTORS = (Type.F32, Type.F16, Type.BF16)
+_LARGEST = float(np.finfo(np.float32).max)
 _INVOCATION = "adapter.alora.invocation_tokens"
 
 
@@ -49,9 +49,13 @@ class LowRank:
 
 
 def scale_of(alpha: float, rank: int, factor: float) -> float:
-    """Return what a pair's product is multiplied by, computed in F32 as llama.cpp does; alpha 0 stands for the rank."""
-    scale = np.float32(factor)
-    return float(scale * np.float32(alpha) / np.float32(rank)) if alpha else float(scale)
+    """Return what a pair's product is multiplied by, computed in F32 as llama.cpp does; alpha 0 stands for the rank.
+
+    It is infinite where F32 cannot hold it.
+    """
+    with np.errstate(over="ignore"):
+        scale = np.float32(factor)
+        return float(scale * np.float32(alpha) / np.float32(rank)) if alpha else float(scale)
 
 
 def read_low_rank(reader: GGUFReader) -> LowRank:
@@ -60,7 +64,7 @@ def read_low_rank(reader: GGUFReader) -> LowRank:
     Raises: AdaptorError (adaptor_invalid) naming the tensor or key at fault.
     """
     alpha = reader.metadata.get(ALPHA)
-    if not isinstance(alpha, float) or not math.isfinite(alpha):
+    if not isinstance(alpha, float) or not abs(alpha) <= _LARGEST:  # NaN too
         found = "absent" if alpha is None else repr(alpha)
         raise _invalid(reader, f"the key {ALPHA!r} must be a finite F32, but it is {found}")
     if _INVOCATION in reader.metadata:

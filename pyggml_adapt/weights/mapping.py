@@ -26,9 +26,9 @@ class Stamp(NamedTuple):
     mtime_ns: int
 
 
-def stamp_of(fd: int) -> Stamp:
-    """Return the stamp of an open file."""
-    info = os.fstat(fd)
+def stamp_of(file: int | str) -> Stamp:
+    """Return the stamp of an open file, or of the one at a path."""
+    info = os.stat(file)
     return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
 
@@ -107,7 +107,7 @@ class MappedFile(TensorMemory):
         start, end = 0, max((info.offset + info.nbytes for info in tensors), default=1)
         self.is_mapped = use_mmap
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block it
             self.stamp = stamp_of(self._fd)
             if use_mmap:
                 memory: mmap.mmap | memoryview = _map(self._fd, self.stamp.nbytes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 from pyggml_adapt.errors import AdaptorError
@@ -44,10 +45,6 @@ class ScaledPair(NamedTuple):
     a: str
     b: str
     scale: float
-
-
-_layouts: dict[tuple, int] = {}
-_numbers = itertools.count()
 
 
 class TaskWeights:
@@ -107,7 +104,11 @@ class TaskWeights:
             pairs = self.pairs.setdefault(target, [])
             names = f"{target}.lora_a.{len(pairs)}", f"{target}.lora_b.{len(pairs)}"
             self.factors |= zip(names, (a, b), strict=True)
-            pairs.append(ScaledPair(*names, scale_of(alpha, b.ne[0], component.factor)))
+            scale = scale_of(alpha, b.ne[0], component.factor)
+            if not math.isfinite(scale):
+                product = f"{component.factor:g} x {alpha:g} / {b.ne[0]}"
+                raise self._conflict(f"adaptor {adaptor.name!r} scales its pair on {target!r} by {product}, beyond F32")
+            pairs.append(ScaledPair(*names, scale))
 
     def _check_pair(self, adaptor: Adaptor, target: str, a: Tensor, b: Tensor) -> None:
         """Raise AdaptorError (adaptor_base_mismatch) unless there is such a matrix."""
@@ -118,15 +119,15 @@ class TaskWeights:
         if target == EMBEDDING:
             fits = (a.ne[1], b.ne[1], 1) == (ne[1], ne[0], a.ne[2])
         else:
-            fits = (a.ne[0], b.ne[1], a.ne[2]) == ne[:3] and ne[1] > 1
+            fits = (a.ne[0], b.ne[1], a.ne[2]) == ne[:3] and ne[1] > 1 and "_norm." not in target
         if not fits:
             shapes = f"{list(a.ne[:3])} and {list(b.ne[:3])}"
             raise mismatch(who, self.foundation.path, f"its pair on {target!r}, {shapes}, does not fit {list(ne[:3])}")
 
-    def _layout(self) -> int:
-        tensors = tuple((name, t.type, t.ne) for name, t in sorted(self.tensors.items()))
-        factors = tuple((name, t.type, t.ne) for name, t in sorted(self.factors.items()))
-        return _layouts.setdefault((tensors, factors), next(_numbers))
+    def _layout(self) -> bytes:
+        tensors = [(name, int(t.type), t.ne) for name, t in sorted(self.tensors.items())]
+        factors = [(name, int(t.type), t.ne) for name, t in sorted(self.factors.items())]
+        return hashlib.sha256(repr((tensors, factors)).encode()).digest()
 
     @property
     def own_nbytes(self) -> int:
@@ -141,26 +142,24 @@ class TaskWeights:
     @property
     def metadata(self) -> dict[str, object]:
         """Return the task's metadata, without large arrays."""
-        return self._metadata(self.foundation.metadata, {a: a.metadata for a in self.adaptors})
+        return self._stacked(lambda file: file.metadata)
 
     def full_metadata(self) -> dict[str, object]:
         """Return the task's metadata, read again from the files with the large arrays."""
-        return self._metadata(self.foundation.full_metadata(), {a: a.full_metadata() for a in self.adaptors})
+        return self._stacked(lambda file: file.full_metadata())
 
-    def _metadata(
-        self, foundation: Mapping[str, object], own: Mapping[Adaptor, Mapping[str, object]]
-    ) -> dict[str, object]:
-        metadata = dict(foundation)
-        for adaptor, keys in own.items():
-            metadata = metadata | dict(keys) if adaptor.is_low_rank else dict(keys)
+    def _stacked(self, read: Callable[[Foundation | Adaptor], Mapping[str, object]]) -> dict[str, object]:
+        """Return the whole model's metadata, with those keys in their place that low-rank adaptors carry."""
+        metadata: dict[str, object] = {}
+        is_whole = bool(self.adaptors) and not self.adaptors[0].is_low_rank
+        files: list[Foundation | Adaptor] = [] if is_whole else [self.foundation]
+        for file in [*files, *self.adaptors]:
+            metadata |= read(file)
         return metadata
 
     def check_unchanged(self) -> None:
         """Raise AdaptorError (adaptor_changed, foundation_changed) if a mapped file was written to."""
-        if self.foundation.has_changed():
-            raise AdaptorError(
-                f"{self.foundation.path}: the foundation was written to while it was in use", code="foundation_changed"
-            )
+        self.foundation.check_unchanged()
         for adaptor in self.adaptors:
             adaptor.check_unchanged()
 

@@ -98,6 +98,28 @@ def test_data(ctx, buffer):
     np.testing.assert_array_equal(row.to_numpy(), np.full(4, 7, "f"))
 
 
+def test_several_tensors_are_set_together(ctx, buffer):
+    a, b = ctx.new_tensor(Type.I32, (2,), "a"), ctx.new_tensor(Type.F32, (3,), "b")
+    buffer.place(a, 0)
+    buffer.place(b, 4096)
+    ctx.set_data((a, b), (np.array([4, 5], np.int32), memoryview(np.array([1, 2, 3], np.float32))))
+    assert (a.to_numpy().tolist(), b.to_numpy().tolist()) == ([4, 5], [1.0, 2.0, 3.0])
+    with pytest.raises(ShapeError, match=r"^set_data: 1 buffers for 2 tensors$"):
+        ctx.set_data((a, b), (bytes(8),))
+    with pytest.raises(ShapeError, match=r"^tensor 'b' has 12 bytes, not 16 at offset 0$"):
+        ctx.set_data((a, b), (bytes(8), bytes(16)))
+    with pytest.raises(ClosedError, match=r"^tensor 'c' has no data: it is not allocated$"):
+        ctx.set_data((ctx.new_tensor(Type.I32, (1,), "c"),), (bytes(4),))
+    with pytest.raises(TypeError):
+        ctx.set_data((a, None), (bytes(8), bytes(4)))
+    other = Context(Context.size_for(1))
+    with pytest.raises(ShapeError, match=r"^set_data: <Tensor 'a' .*> belongs to another Context$"):
+        other.set_data((a,), (bytes(8),))
+    buffer.close()
+    with pytest.raises(ClosedError, match="closed"):
+        ctx.set_data((a,), (bytes(8),))
+
+
 @pytest.mark.parametrize(
     "code, type",
     [

@@ -92,6 +92,43 @@ def test_graph_sizes(size):
         Sched([Backend(n_threads=1)], size)
 
 
+def test_a_result_is_wanted_elsewhere(g, backend):
+    """The last node is computed where it is wanted; any other is copied; where they live is left as it was."""
+    a = g.leaf(4, 2)
+    first = ops.scale(g.ctx, a, 2.0)
+    last = ops.scale(g.ctx, first, 3.0)
+    g.alloc(first, last)
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    for tensor, factor in ((last, 6.0), (first, 2.0)):
+        last.set_data(np.full(8, 7.0, np.float32))
+        a.set_data(x)
+        out = np.empty((2, 4), np.float32)
+        g.graph.compute(backend, tensor, out)
+        np.testing.assert_array_equal(out, factor * x)
+        np.testing.assert_array_equal(first.to_numpy(), 2.0 * x)
+        np.testing.assert_array_equal(last.to_numpy(), np.full((2, 4), 7.0) if tensor is last else 6.0 * x)
+
+
+def test_a_result_that_cannot_be(g, backend):
+    a = g.leaf(4)
+    b = ops.scale(g.ctx, a, 2.0)
+    g.alloc(b)
+    a.set_data(np.ones(4, np.float32))
+    with pytest.raises(ShapeError, match=r"^compute: 12 bytes for tensor 'node_0' of 16$"):
+        g.graph.compute(backend, b, bytearray(12))
+    with pytest.raises(BufferError):
+        g.graph.compute(backend, b, bytes(16))
+    (foreign,) = placed(np.ones(4, np.float32))
+    with pytest.raises(ShapeError, match=r"^compute: tensor 't0' belongs to another Context than the graph$"):
+        g.graph.compute(backend, foreign, bytearray(16))
+    with pytest.raises(ClosedError, match="is not allocated"):
+        g.graph.compute(backend, g.leaf(4), bytearray(16))
+    out = bytearray(16)
+    g.graph.compute(backend, b, out)  # nothing is left in use
+    assert np.frombuffer(out, np.float32).tolist() == [2.0] * 4
+    out.clear()  # nor exported
+
+
 def test_no_room_for_a_graph():
     with pytest.raises(AllocError, match=r"^Context of 1000 bytes has no room for a graph of 64 nodes$"):
         CGraph(Context(1000), 64)

@@ -74,6 +74,33 @@ def test_a_graph_of_the_head_alone_has_only_hidden_states():
     np.testing.assert_array_equal(inputs.embd.to_numpy(), Batch.embd)
 
 
+class OneToken:
+    def __init__(self, token, pos):
+        self.tokens, self.pos = np.array([token], np.int32), np.array([pos], np.int32)
+        self.cells, self.out_ids = np.array([pos], np.int64), np.zeros(1, np.int32)
+
+    def mask(self, n_kv):
+        return np.arange(n_kv)[None] <= self.pos[0]
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("pos", [0, 3, 7])
+def test_a_step_is_a_batch_of_one_token_in_order(flash_attn, pos):
+    ctx = Context(Context.size_for(32))
+    inputs = Inputs(ctx, n_tokens=1, n_outputs=1, n_kv=8, n_cells=16, n_embd_v_gqa=3, flash_attn=flash_attn)
+    tensors = [inputs.tokens, inputs.pos, inputs.k_idxs, inputs.v_idxs, inputs.out_ids, inputs.kq_mask]
+    buffer = Buffer.allocate(Device.cpu().buffer_type, 1 << 16, clear=True)
+    for i, tensor in enumerate(tensors):
+        buffer.place(tensor, i << 12)
+    inputs.fill(OneToken(123456, pos))
+    want = [tensor.to_numpy() for tensor in tensors]
+    for tensor in tensors:
+        tensor.set_data(b"\x55" * tensor.nbytes)
+    inputs.fill_step(123456, pos)
+    for tensor, array in zip(tensors, want, strict=True):
+        np.testing.assert_array_equal(tensor.to_numpy(), array, err_msg=tensor.name)
+
+
 def test_names():
     inputs = filled(True, k_rot=64, v_rot=64)
     names = [getattr(inputs, name).name for name in ("tokens", "pos", "k_idxs", "v_idxs", "kq_mask", "k_rot", "v_rot")]

@@ -82,6 +82,8 @@ def test_unknown_task(host, use):
         calls[use]()
     with pytest.raises(KeyError):
         calls[use]()
+    with raises(AdaptorError, "unknown task None; loaded tasks", "adaptor_not_found"):
+        host.activate(None)
 
 
 def test_adaptors_come_and_go(parts):

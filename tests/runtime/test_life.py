@@ -247,6 +247,37 @@ def test_a_file_that_changed_while_its_adaptor_was_away(base, loras, alone):
         np.testing.assert_array_equal(logits(host, "l3"), alone["l3"])
 
 
+def test_what_is_no_such_file_while_its_adaptor_is_away(base, loras, alone, tmp_path):
+    """A shorter file is another one too, and a pipe does not block the host."""
+    with pga.Host(base, loras, n_threads=1, max_adaptor_bytes=nbytes(loras["l0"])) as host:
+        write_lora(loras["l0"], Tiny(**SMALL), "attn_q", rank=1)
+        failure("adaptor_changed", host.session, "l0", match="has other content than when it was loaded; reload")
+        loras["l0"].unlink()
+        os.mkfifo(loras["l0"])
+        with pytest.raises(FileAccessError, match=r"not a regular file$"):
+            host.session("l0")
+        np.testing.assert_array_equal(logits(host, "l3"), alone["l3"])
+
+
+def test_text_is_of_the_file_that_was_loaded(tiny_gguf, split_models, loras, tmp_path):
+    """The tokenizer is read when text first comes: never from another file that has come to its place."""
+    models = {"a": tiny_gguf(**SMALL), "b": tiny_gguf(**SMALL, changed={"attn_q": 1})}
+    foundation, parts = split_models(models)
+    parts = {task: shutil.copy(path, tmp_path) for task, path in parts.items()}
+    with pga.Host(foundation, parts, n_threads=1) as host:
+        replace(parts["a"], parts["b"])
+        failure("adaptor_changed", lambda: host.tokenize("a", task="a"), match="is another one than when it was loaded")
+        assert host.tokenize("a", task="b")
+    base = shutil.copy(models["a"], tmp_path / "base.gguf")
+    with pga.Host(base, {"l0": loras["l0"]}, n_threads=1) as host:
+        loras["l0"].unlink()  # a LoRA has no text of its own
+        ids = host.tokenize("a", task="l0")
+    with pga.Host(base, n_threads=1) as host:
+        replace(base, models["b"])
+        failure("foundation_changed", host.tokenize, "a", match="the foundation is another file than when it was")
+        assert host.session(n_ctx=64).eval(ids).size
+
+
 def test_a_file_written_to_while_it_is_mapped(base, loras, alone):
     """Its pages may be anything, or gone: nothing is computed with them."""
     with pga.Host(base, loras, n_threads=1) as host, host.session("l0", n_ctx=64) as session:

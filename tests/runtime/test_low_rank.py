@@ -284,6 +284,22 @@ def test_an_unknown_whole_tensor(host, tmp_path):
     assert host.adaptors == ()
 
 
+def test_a_scale_beyond_f32(host, tmp_path):
+    """It would make every logit NaN."""
+    host.load_adaptor("huge", write_lora(tmp_path / "lora.gguf", Tiny(**SMALL), "blk.0.attn_q", rank=1, alpha=3e38))
+    try:
+        with pytest.raises(AdaptorError) as error:
+            host.define_task("t", ["huge:2"])
+        assert str(error.value) == (
+            "task 't': adaptor 'huge' scales its pair on 'blk.0.attn_q.weight' by 2 x 3e+38 / 1, beyond F32"
+        )
+        assert error.value.code == "adaptor_invalid"
+        host.define_task("t", ["huge:0.1"])
+        host.unload_adaptor("t")
+    finally:
+        host.unload_adaptor("huge")
+
+
 def test_the_right_base_by_name(host, tmp_path):
     names = {"general.base_model.0.repo_url": "https://huggingface.co/us/tiny-base/"}
     host.load_adaptor("good", write_lora(tmp_path / "lora.gguf", Tiny(**SMALL), metadata=names))
@@ -305,7 +321,7 @@ def test_what_cannot_be_a_task(host, tmp_path):
         with pytest.raises(AdaptorError, match=r"^unknown adaptor 'c'; loaded adaptors: a, b$") as error:
             host.define_task("t", ["a", "c"])
         assert error.value.code == "adaptor_not_found"
-        for parts in ("a", [], [1]):
+        for parts in ("a", [], [1], 1, (part for part in ["a"]), {"a": 0.5}):  # of the last, the factor would be lost
             with pytest.raises(pga.errors.ParameterError, match=r"^task 't': adaptors must be a list of names"):
                 host.define_task("t", parts)
         assert host.tasks == ("base", "a", "b")

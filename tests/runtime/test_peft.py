@@ -131,6 +131,22 @@ def test_a_directory_that_changes(tiny_gguf, tmp_path):
             np.testing.assert_array_equal(session.eval([1, 5, 9]), got)
 
 
+def test_a_bias_of_a_foundation_that_was_written_to(tmp_path):
+    """It is read from mapped pages, which may be gone."""
+    tiny = Tiny(**SMALL, optional=r"attn_q\.bias")
+    base = write_tiny(tmp_path / "base.gguf", tiny)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"
+    lora = write_peft(tmp_path / "lora", tiny, more={name: np.ones(64, np.float32)}, lora_bias=True)
+    with pga.Host(base, n_threads=1) as host:
+        host.load_adaptor("before", lora)
+        with open(base, "ab") as file:
+            file.write(b" ")
+        with pytest.raises(AdaptorError, match=r"the foundation was written to while it was in use$") as error:
+            host.load_adaptor("after", lora)
+        assert error.value.code == "foundation_changed"
+        assert host.tasks == ("base", "before")
+
+
 def test_another_base(tmp_path):
     tiny = Tiny(**SMALL)
     named = {**tiny.all_metadata(), "general.source.repo_url": "https://huggingface.co/us/other"}

@@ -125,11 +125,12 @@ def test_rewind_is_as_if_it_never_was(host, session):
     np.testing.assert_array_equal(logits, alone(host, ids))
 
 
-@pytest.mark.parametrize("n_past", [-1, 6])
+@pytest.mark.parametrize("n_past", [-1, 6, 1.5, None])
 def test_rewind_too_far(session, n_past):
     session.eval(random_ids(5))
     with pytest.raises(ParameterError, match=f"^rewind: n_past = {n_past} is not from 0 to 5$"):
         session.rewind(n_past)
+    assert session.n_past == 5 and session.logits is not None
 
 
 def test_context_full_before_work_is_lost(host, session):

@@ -84,6 +84,46 @@ def test_closing_a_host_that_other_threads_use(tiny_gguf):
         assert closed is None
 
 
+def test_a_host_that_could_not_be_closed_goes_on(tiny_gguf, monkeypatch):
+    def refuse():
+        raise BusyError("in use")
+
+    with pga.Host(tiny_gguf(), n_threads=1) as host:
+        assert host.prefetch("base").result(60) == 0
+        session = host.session(n_ctx=64)
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "close", refuse)
+            with pytest.raises(BusyError):
+                host.close()
+        assert host.prefetch("base").result(60) == 0
+        assert session.eval([1]).size
+
+
+def test_closing_a_host_that_builds_graphs(tiny_gguf):
+    """A graph is allocated over a session's cache, which must not go meanwhile."""
+    path = tiny_gguf(n_embd=64, n_ff=96, n_head=2, n_head_kv=1)
+    for round in range(80):
+        host = pga.Host(path, n_threads=1)
+
+        def evaluate(host=host, n=round % 5):
+            while True:
+                for n_tokens in range(1 + n, 60):  # each another graph
+                    session = host.session(n_ctx=64)
+                    session.eval(random_ids(n_tokens))
+
+        def close(host=host, delay=round * 3e-4):
+            time.sleep(delay)
+            while True:
+                try:
+                    return host.close()
+                except BusyError:
+                    time.sleep(0)
+
+        *used, closed = together(evaluate, evaluate, close)
+        assert closed is None
+        assert all(isinstance(exc, ClosedError) for exc in used)
+
+
 def test_unloading_while_another_thread_opens_sessions(tiny_gguf, split_models):
     models = {"base": tiny_gguf(), "code": tiny_gguf(changed={"attn": 1})}
     foundation, adaptors = split_models(models)
