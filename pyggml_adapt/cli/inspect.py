@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _low_rank(info: FileInfo) -> str:
     ranks = ", ".join(f"rank {rank}: {n}" for rank, n in info.ranks.items())
-    alpha = "no alpha" if info.alpha is None else f"alpha {info.alpha:g}"
+    absent = "alphas that differ" if info.kind == "peft" else "no alpha"
+    alpha = absent if info.alpha is None else f"alpha {info.alpha:g}"
     error = "" if info.max_error is None else f", largest error of a pair {info.max_error:.2g}"
     return (
         f"{info.n_pairs} low-rank pairs{f' ({ranks})' if ranks else ''}, {info.n_whole} whole tensors, {alpha}{error}"

@@ -42,6 +42,8 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _rank(text: str) -> int | str:
+    if text != "auto" and not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a rank nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -122,9 +124,10 @@ def _show(report: SplitReport) -> None:
     )
     for size in report.sizes:
         how = "by its shapes, error not measured (see --low-rank)" if not size.is_measured else "with the errors above"
+        pairs = f"low-rank pairs of rank {size.rank} at most" if size.rank else "low rank, with no pair worth it"
         console.print(
             f"{size.task}: its own tensors take {decimal(size.whole_nbytes)} whole, {decimal(size.low_rank_nbytes)} as "
-            f"low-rank pairs of rank {size.rank} at most: {how}.",
+            f"{pairs}: {how}.",
             soft_wrap=True,
             markup=False,
         )

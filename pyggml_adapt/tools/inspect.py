@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyggml_adapt.errors import StrPath
 from pyggml_adapt.ggml.gguf import GGUFReader
+from pyggml_adapt.weights.adaptor import PEFT
 from pyggml_adapt.weights.identity import LOW_RANK, PREFIX, kind
-from pyggml_adapt.weights.lowrank import ALPHA, A, B
+from pyggml_adapt.weights.lowrank import ALPHA, EMBEDDING, A, B
+from pyggml_adapt.weights.peft import Target, is_peft, read_peft
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """What one file says of itself; fields that do not apply are empty.
 
-    kind: "model", "shard", "foundation", "adaptor", "lora" or another `adapter.type`.  types: type's name -> number of
+    kind: "model", "shard", "foundation", "adaptor", "lora" or another `adapter.type`, "peft".  types: type's name -> number of
     tensors.  nbytes: of the file.  foundation_id: that a foundation has, or that an adaptor asks for.
     n_pairs, n_whole: low-rank pairs and whole tensors of a low-rank adaptor.  ranks: rank -> number of its pairs.
     alpha: of its pairs.  max_error: the largest error of a pair, as `split --low-rank` measured it.
@@ -48,9 +51,34 @@ class FileInfo:
 def inspect(*files: StrPath) -> list[FileInfo]:
     """Return what each file is; only headers are read.
 
-    Raises: FileAccessError, FileFormatError for the first file that is no sound GGUF.
+    files: GGUF files, or directories of PEFT's, whose weights are read.
+    Raises: FileAccessError, FileFormatError, AdaptorError for the first file that is not sound.
     """
-    return [_inspect(path) for path in files]
+    return [_inspect_peft(path) if is_peft(path) else _inspect(path) for path in files]
+
+
+def _inspect_peft(path: StrPath) -> FileInfo:
+    found = read_peft(path, _target, lambda name: None)
+    alphas = {pair.alpha for pair in found.pairs.values()}
+    return FileInfo(
+        path=os.fsdecode(path),
+        kind=PEFT,
+        version=0,
+        architecture="",
+        name=found.base,
+        n_tensors=2 * len(found.pairs) + len(found.whole),
+        nbytes=sum(os.path.getsize(file) for file in found.files),
+        types={},
+        n_pairs=len(found.pairs),
+        n_whole=len(found.whole),
+        ranks=dict(sorted(Counter(pair.b.ne[0] for pair in found.pairs.values()).items())),
+        alpha=alphas.pop() if len(alphas) == 1 else None,
+    )
+
+
+def _target(parameter: str) -> Target:
+    """Return a target of the parameter's own name: what model it is of does not count here."""
+    return Target(EMBEDDING if "embed_tokens" in parameter else parameter)
 
 
 def _inspect(path: StrPath) -> FileInfo:

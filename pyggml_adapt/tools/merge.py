@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pyggml_adapt.errors import FileFormatError, ParameterError, StrPath
+from pyggml_adapt.errors import FileAccessError, FileFormatError, ParameterError, StrPath
 from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.gguf import GGUFReader
 from pyggml_adapt.tools.layout import Original, original
-from pyggml_adapt.tools.source import Progress, beside, ticker
+from pyggml_adapt.tools.source import Progress, ticker
 from pyggml_adapt.tools.split import check_outputs
 from pyggml_adapt.tools.verify import LORA, check_digests
-from pyggml_adapt.weights.identity import LOW_RANK, AdaptorIdentity, blocks, check_pair, layout_of
+from pyggml_adapt.weights.identity import LOW_RANK, AdaptorIdentity, check_pair, layout_of
+
+_BLOCK_NBYTES = 1 << 20  # small enough that what was just read is in the caches when it is written and hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,64 @@ def merge(
     )
 
 
+class _Output:
+    """What is written to a file, in blocks of one size; each is hashed while it is written and the next one is read."""
+
+    def __init__(self, file: AtomicFile, pool: ThreadPoolExecutor, tick: Callable[[int], None]):
+        """pool: of one thread.  tick: called with the number of bytes written since its last call."""
+        self._file, self._pool, self._tick = file, pool, tick
+        self._sha = hashlib.sha256()
+        self._blocks = [memoryview(bytearray(_BLOCK_NBYTES)) for _ in range(2)]  # the one to fill, the one being hashed
+        self._n = 0  # bytes in the block to fill
+        self._hashing: Future[None] | None = None
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        view = memoryview(data)
+        while view:
+            room = self._blocks[0][self._n :][: len(view)]
+            room[:] = view[: len(room)]
+            self._add(len(room))
+            view = view[len(room) :]
+
+    def copy(self, reader: GGUFReader, offset: int, nbytes: int) -> None:
+        """Append part of another file.
+
+        Raises: FileAccessError if it cannot be read that far.
+        """
+        end = offset + nbytes
+        while offset < end:
+            try:
+                n = os.preadv(reader.fileno(), [self._blocks[0][self._n :][: end - offset]], offset)
+            except OSError as exc:
+                raise FileAccessError.of(reader.path, exc) from exc
+            if not n:
+                raise FileAccessError(f"{reader.path}: the file became shorter while it was read")
+            self._add(n)
+            offset += n
+
+    def _add(self, n: int) -> None:
+        self._n += n
+        if self._n == _BLOCK_NBYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+        block = self._blocks[0][: self._n]
+        self._hashing = self._pool.submit(self._sha.update, block)
+        self._file.write(block)
+        self._tick(self._n)
+        self._blocks.reverse()
+        self._n = 0
+
+    def digest(self) -> str:
+        """Write what is left, and return the SHA-256 of everything."""
+        self._flush()
+        self._pool.shutdown()
+        return self._sha.hexdigest()
+
+
 def _write(
     file: AtomicFile,
     base: GGUFReader,
@@ -79,29 +139,22 @@ def _write(
     source: Original,
     tick: Callable[[int], None],
 ) -> str:
-    """Write the model and return its SHA-256; hashing runs beside writing."""
-    sha = hashlib.sha256()
+    """Write the model and return its SHA-256."""
     with ThreadPoolExecutor(1) as pool:
-        for block in _blocks(base, own, identity, source):
-            pending = beside(pool, sha.update, block)
-            file.write(block)
-            pending.result()
-            tick(len(block))
-    return sha.hexdigest()
-
-
-def _blocks(base: GGUFReader, own: GGUFReader, identity: AdaptorIdentity, source: Original) -> Iterator[memoryview]:
-    """Yield the source's bytes; each block is valid until the next."""
-    yield memoryview(source.header)
-    at = len(source.header)
-    last = next(reversed(list(identity.tensors)), None)
-    for name in identity.tensors:
-        reader = own if name in identity.own else base
-        info = reader.tensors[name]
-        yield from blocks(reader, info.offset, info.nbytes)
-        at += info.nbytes
-        end = source.nbytes if name == last else at + -at % source.alignment
-        yield from (memoryview(piece) for piece in source.gap(at, end))
-        at = max(at, end)
-    if last is None:
-        yield from (memoryview(piece) for piece in source.gap(at, source.nbytes))
+        output = _Output(file, pool, tick)
+        output.write(source.header)
+        at = len(source.header)
+        last = next(reversed(list(identity.tensors)), None)
+        for name in identity.tensors:
+            reader = own if name in identity.own else base
+            info = reader.tensors[name]
+            output.copy(reader, info.offset, info.nbytes)
+            at += info.nbytes
+            end = source.nbytes if name == last else at + -at % source.alignment
+            for piece in source.gap(at, end):
+                output.write(piece)
+            at = max(at, end)
+        if last is None:
+            for piece in source.gap(at, source.nbytes):
+                output.write(piece)
+        return output.digest()

@@ -1,12 +1,14 @@
 """inspect: what each kind of file is said to be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from low_rank_models import base_and_task, write_lora
 from raw_gguf import STRING, f32_model, key, string
 from tiny_models import Tiny
 
-from pyggml_adapt.errors import FileAccessError
+from pyggml_adapt.errors import FileAccessError, FileFormatError
 from pyggml_adapt.tools import inspect, split
 
 
@@ -49,3 +51,18 @@ def test_low_rank_adaptors(tmp_path):
 def test_the_first_file_at_fault_is_named(tmp_path):
     with pytest.raises(FileAccessError, match=f"^{tmp_path}/no: no such file"):
         inspect(tmp_path / "no")
+
+
+def test_a_directory_of_peft():
+    """The one that PEFT itself made: tests/weights/data/make_peft_golden.py."""
+    directory = Path(__file__).parents[1] / "weights" / "data" / "peft"
+    (info,) = inspect(directory)
+    assert (info.path, info.kind, info.architecture) == (str(directory), "peft", "")
+    assert info.n_tensors == 2 * info.n_pairs + info.n_whole and info.n_pairs == sum(info.ranks.values()) > 0
+    assert info.nbytes == sum(path.stat().st_size for path in directory.iterdir())
+
+
+def test_a_directory_that_only_looks_like_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(FileFormatError, match=r"adapter_config\.json"):
+        inspect(tmp_path)
