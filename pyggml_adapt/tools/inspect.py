@@ -19,8 +19,8 @@ from pyggml_adapt.weights.peft import Target, is_peft, read_peft
 class FileInfo:
     """What one file says of itself; fields that do not apply are empty.
 
-    kind: "model", "shard", "foundation", "adaptor", "lora" or another `adapter.type`, "peft".  types: type's name -> number of
-    tensors.  nbytes: of the file.  foundation_id: that a foundation has, or that an adaptor asks for.
+    kind: "model", "shard", "foundation", "adaptor", "lora" or another `adapter.type`, "peft".  types: type's name ->
+    number of tensors.  nbytes: of the file.  foundation_id: that a foundation has, or that an adaptor asks for.
     n_pairs, n_whole: low-rank pairs and whole tensors of a low-rank adaptor.  ranks: rank -> number of its pairs.
     alpha: of its pairs.  max_error: the largest error of a pair, as `split --low-rank` measured it.
     """
