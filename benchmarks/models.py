@@ -72,9 +72,9 @@ TYPES = ("Q4_K_M", "Q8_0", "F16")
 
 def weights(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and ne of every tensor of a model without biases, with its own output head."""
-    for name, ne, required in shape.model().all_tensors():
-        if required or name == "output.weight":
-            yield name, ne
+    for spec in shape.model().all_tensors():
+        if spec.required or spec.name == "output.weight":
+            yield spec.name, spec.ne
 
 
 def tensor_type(name: str, ne: tuple[int, ...], shape: Shape, mixture: str) -> Type:

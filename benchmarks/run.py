@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def measure_lowrank(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
         pga.bake(family.foundation, loras[0], baked)
     few = quick or shape is not SMALL
     speed = measure("lowrank_speed", label=case, base=family.foundation, lora=loras[0], baked=str(baked),
-                    rounds=5 if few else 11)  # fmt: skip
+                    rounds=3 if few else 11)  # fmt: skip
     whole = list(family.adaptors.values())[:2]
     switch = measure("lowrank_switch", label=case, base=family.foundation, loras=loras, whole=whole, full=family.full,
                      rounds=60 if few else 200)  # fmt: skip
@@ -91,8 +92,9 @@ def measure_fork(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
     """Return ms of one document under four tasks, by forks and by prefills."""
     family, case = store.overlays(shape, "Q4_K_M"), f"{shape.name} Q4_K_M"
     arguments = {"foundation": family.foundation, "adaptors": family.adaptors}
-    lengths = [512] if quick else [512, 1024]
-    return {case: measure("fork", label=case, **arguments, n_tokens=lengths, rounds=3 if quick else 7)}
+    few = quick or shape is not SMALL
+    return {case: measure("fork", label=case, **arguments, n_tokens=[512] if few else [512, 1024],
+                          rounds=3 if few else 9)}  # fmt: skip
 
 
 def measure_soak(store: Store, quick: bool) -> dict[str, Any]:
@@ -142,6 +144,19 @@ def measure_files(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
     }
 
 
+def measure_all(store: Store, shapes: list[Shape], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the results, part by part."""
+    yield {"machine": machine.describe()}
+    yield {"speed": measure_speed(store, shapes, args.types, args.quick)}
+    yield measure_switching(store, shapes[-1], args.quick)
+    yield {"memory": measure_memory(store, shapes[-1])}
+    for shape in shapes:
+        yield {"lowrank": measure_lowrank(store, shape, args.quick)}
+        yield {"fork": measure_fork(store, shape, args.quick)}
+        yield {"files": measure_files(store, shape, args.quick)}
+    yield {"soak": measure_soak(store, args.quick)}
+
+
 def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -161,17 +176,12 @@ def main() -> None:
     else:
         store = Store(args.models, say)
         shapes = [SMALL] if args.quick else [SHAPES[name] for name in args.sizes]
-        results = {"machine": machine.describe(), "speed": measure_speed(store, shapes, args.types, args.quick)}
-        results |= measure_switching(store, shapes[-1], args.quick)
-        results["memory"] = measure_memory(store, shapes[-1])
-        results |= {"lowrank": {}, "fork": {}, "files": {}}
-        for shape in shapes:
-            results["lowrank"] |= measure_lowrank(store, shape, args.quick)
-            results["fork"] |= measure_fork(store, shape, args.quick)
-            results["files"] |= measure_files(store, shape, args.quick)
-        results["soak"] = measure_soak(store, args.quick)
         out = ROOT / "build" / ("bench-quick.json" if args.quick else "bench.json")
-        out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        results = {}
+        for found in measure_all(store, shapes, args):
+            for name, cases in found.items():
+                results[name] = results.get(name, {}) | cases
+            out.write_text(json.dumps(results, indent=1), encoding="utf-8")  # what is measured is not lost
         say(f"results are in {out}")
     print(report.markdown(results))
     if not args.quick:
