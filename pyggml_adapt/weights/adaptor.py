@@ -21,7 +21,6 @@ from pyggml_adapt.weights.identity import (
     blocks,
     check_pair,
     digest,
-    foundation_id,
     layout_of,
     mismatch,
     own_entries,
@@ -199,7 +198,6 @@ class FileAdaptor(Adaptor):
             identity = check_pair(self._foundation.reader, reader)
             own = [identity.tensors[info.name] for info in self._infos]
             self.names, self.alphas = tuple(identity.tensors), {}
-            self.content_id = foundation_id(own)
             self.metadata = small_metadata(reader)
         else:
             low_rank = read_low_rank(reader)
@@ -208,9 +206,10 @@ class FileAdaptor(Adaptor):
             own = list(own_entries(reader).values()) if self.kind == LOW_RANK else []
             check_finite(reader, self._infos)
             self.names, self.alphas = None, {target: pair.alpha for target, pair in low_rank.pairs.items()}
-            self.content_id = foundation_id(own) if own else _sha256(reader)
             if self.kind == LOW_RANK:
                 self.metadata = _tasks_own(small_metadata(reader))
+        # our headers hold the digests of all tensors, so that they stand for the whole file
+        self.content_id = _sha256(reader, reader.data_offset if own else reader.file_nbytes)
         halves = {half for target in self.alphas for half in (target + A, target + B)}
         self.whole = {i.name: Shape(i.type.name, i.ne, i.nbytes) for i in self._infos if i.name not in halves}
         self._entries = own
@@ -331,9 +330,10 @@ def _tasks_own(metadata: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in metadata.items() if not key.startswith(_NOT_A_TASKS)}
 
 
-def _sha256(reader: GGUFReader) -> str:
+def _sha256(reader: GGUFReader, nbytes: int) -> str:
+    """Return the SHA-256 of the first bytes of a file."""
     sha = hashlib.sha256()
-    for block in blocks(reader, 0, reader.file_nbytes):
+    for block in blocks(reader, 0, nbytes):
         sha.update(block)
     return sha.hexdigest()
 
