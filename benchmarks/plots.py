@@ -70,7 +70,7 @@ def switch(results: dict[str, Any], path: Path) -> None:
     figure, all_axes = plt.subplots(1, len(cases), figsize=(5 * len(cases) + 1, 3.5), squeeze=False, sharey=True)
     for axes, (name, case) in zip(all_axes[0], cases.items(), strict=True):
         kinds = list(case["switch"])
-        cost = [max(1e3 * (ms["switch"] + ms["extra"]), 1.0) for ms in case["switch"].values()]
+        cost = [1e3 * (ms["switch"] + max(ms["extra"], 0.0)) for ms in case["switch"].values()]
         colours = ["C0" if kind.startswith("ours") else "C1" for kind in kinds]
         axes.barh(kinds[::-1], cost[::-1], color=colours[::-1])
         axes.set(xscale="log", title=name, xlabel="microseconds, switch and next token's extra")

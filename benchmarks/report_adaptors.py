@@ -39,7 +39,7 @@ def _size_rows(results: Results) -> Iterable[Sequence[str]]:
 def _switch_rows(results: Results) -> Iterable[Sequence[str]]:
     for name, case in results["lowrank"].items():
         for what, ms in case["switch"].items():
-            total = ms["switch"] + ms["extra"]
+            total = ms["switch"] + max(ms["extra"], 0.0)
             figures = (ms["switch"], ms["extra"], total, ms["switch"] + ms["token after"])
             yield [f"{name}: {what}", *(f"{1e3 * figure:.0f}" for figure in figures)]
 
@@ -65,8 +65,8 @@ def low_rank(results: Results) -> str:
             "whole tensors cost no speed. Where only some tensors were tuned, whole tensors are small as well.",
             "",
             "Going from one task to another and decoding a token. The extra is how much longer that token took than "
-            "the same one without a switch. Whole: attention in half of the layers. llama.cpp: "
-            "`llama_set_adapters_lora`, and loading another whole model (mmap).",
+            "the same one without a switch; below zero it is noise, and counts as nothing. Whole: attention in half of "
+            "the layers. llama.cpp: `llama_set_adapters_lora`, and loading another whole model (mmap).",
             "",
             table(
                 ["microseconds", "switch", "next token, extra", "together", "until the next token"],
