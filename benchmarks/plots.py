@@ -73,7 +73,7 @@ def switch(results: dict[str, Any], path: Path) -> None:
         cost = [1e3 * (ms["switch"] + max(ms["extra"], 0.0)) for ms in case["switch"].values()]
         colours = ["C0" if kind.startswith("ours") else "C1" for kind in kinds]
         axes.barh(kinds[::-1], cost[::-1], color=colours[::-1])
-        axes.set(xscale="log", title=name, xlabel="microseconds, switch and next token's extra")
+        axes.set(xscale="log", xlim=(10, None), title=name, xlabel="microseconds, switch and next token's extra")
     figure.savefig(path, **_FORMAT)
     plt.close(figure)
 
