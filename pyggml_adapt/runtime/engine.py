@@ -42,9 +42,8 @@ class Program:
         """first_layer: as in Model.build().  boundaries: layers above it whose inputs are wanted too."""
         hp = model.hp
         n_pairs = sum(map(len, weights.pairs.values()))
-        graph_size = (
-            256 + hp.n_layer * (96 + 6 * hp.n_expert_used) + 6 * n_pairs
-        )  # nodes and leaves, with room to spare
+        # nodes and leaves, with room to spare
+        graph_size = 256 + hp.n_layer * (96 + 6 * hp.n_expert_used) + 6 * n_pairs
         ctx = Context(Context.size_for(graph_size, graph_size))
         self.graph = CGraph(ctx, graph_size)
         self._weight_slots, self._cache_slots = Slots(self.graph), Slots(self.graph)

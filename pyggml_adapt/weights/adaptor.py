@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -37,14 +37,6 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")  # owner and name; othe
 _ALIGNMENT = 64  # bytes between tensors in private memory
 
 
-class Shape(NamedTuple):
-    """What is known of a tensor that may not be in memory.  type: ggml's name of it.  ne: all four."""
-
-    type: str
-    ne: tuple[int, ...]
-    nbytes: int
-
-
 class Pair(NamedTuple):
     """A low-rank pair in memory: see graph.builder.Pair; alpha as llama.cpp's."""
 
@@ -74,7 +66,7 @@ class Adaptor:
     """One adaptor of a foundation.
 
     kind: "complement", "overlay" (whole tensors), "low-rank" (ours), "lora" (llama.cpp's) or "peft" (a directory).
-    whole: of the tensors that replace the foundation's or are added.  alphas: of its low-rank pairs, by the name of the
+    whole: names of the tensors that replace the foundation's or are added.  alphas: of its low-rank pairs, by the
     weight that they are on.  names: of all tensors of its model; None if these are whatever is below it.
     content_id: 64 hexadecimal digits that change with the content.  digests: SHA-256 of its whole tensors, if known.
     nbytes: of all its tensors.
@@ -85,7 +77,7 @@ class Adaptor:
     kind: str
     content_id: str
     nbytes: int
-    whole: Mapping[str, Shape]
+    whole: Set[str]
     alphas: Mapping[str, float]
     names: tuple[str, ...] | None = None
     digests: Mapping[str, bytes] = {}
@@ -211,7 +203,7 @@ class FileAdaptor(Adaptor):
         # our headers hold the digests of all tensors, so that they stand for the whole file
         self.content_id = _sha256(reader, reader.data_offset if own else reader.file_nbytes)
         halves = {half for target in self.alphas for half in (target + A, target + B)}
-        self.whole = {i.name: Shape(i.type.name, i.ne, i.nbytes) for i in self._infos if i.name not in halves}
+        self.whole = dict.fromkeys(info.name for info in self._infos if info.name not in halves).keys()
         self._entries = own
         self.digests = {entry.name: entry.digest for entry in own if entry.name in self.whole}
 
@@ -269,7 +261,7 @@ class DirectoryAdaptor(Adaptor):
         )
         self.content_id = found.content_id
         self.alphas = {target: pair.alpha for target, pair in found.pairs.items()}
-        self.whole = {name: Shape(a.type.name, _four(a.ne), a.data.nbytes) for name, a in found.whole.items()}
+        self.whole = dict.fromkeys(found.whole).keys()
         self.nbytes = sum(array.data.nbytes for _, array in _arrays(found))
 
     def _read(self) -> PeftAdaptor:
@@ -319,10 +311,6 @@ def _arrays(found: PeftAdaptor) -> Iterable[tuple[str, Array]]:
         yield target + A, pair.a
         yield target + B, pair.b
     yield from found.whole.items()
-
-
-def _four(ne: Iterable[int]) -> tuple[int, ...]:
-    return (*ne, 1, 1, 1)[:4]
 
 
 def _tasks_own(metadata: Mapping[str, object]) -> dict[str, object]:
