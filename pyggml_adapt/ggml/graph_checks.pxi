@@ -65,7 +65,7 @@ cdef c.ggml_tensor * check_source(Tensor tensor) except NULL:
 
 
 cdef list find_indices(CGraph graph):
-    """Return (address, bound) of each leaf whose values pick rows or experts: all must be from 0 to bound - 1."""
+    """Return (address, bound) of each leaf, or view of one, that picks rows or experts: all from 0 to bound - 1."""
     cdef c.ggml_tensor * t
     cdef c.ggml_tensor * ids
     cdef int64_t bound
@@ -82,9 +82,19 @@ cdef list find_indices(CGraph graph):
             ids, bound = t.src[2], t.src[1].ne[1]
         else:
             continue
-        if (ids if ids.view_src == NULL else ids.view_src).op == c.GGML_OP_NONE and c.ggml_is_contiguous(ids):
+        if (ids if ids.view_src == NULL else ids.view_src).op == c.GGML_OP_NONE:
             bounds[<size_t> ids] = min(bound, bounds.get(<size_t> ids, bound))
     return list(bounds.items())
+
+
+cdef size_t offset_of(c.ggml_tensor * t, int64_t i) noexcept:
+    """Return the byte at which element i of a tensor of any strides is."""
+    cdef size_t at = 0
+    cdef int k
+    for k in range(c.GGML_MAX_DIMS):
+        at += <size_t> (i % t.ne[k]) * t.nb[k]
+        i //= t.ne[k]
+    return at
 
 
 cdef int check_indices(CGraph graph, list indices) except -1:
@@ -92,12 +102,16 @@ cdef int check_indices(CGraph graph, list indices) except -1:
     cdef c.ggml_tensor * t
     cdef size_t address
     cdef int64_t bound, value, i
+    cdef size_t at, size
+    cdef bint contiguous
     for address, bound in indices:
         t = <c.ggml_tensor *> address
         if not c.ggml_backend_buffer_is_host(t.buffer if t.view_src == NULL else t.view_src.buffer):
             continue  # on a device, whose kernels have checks of their own
+        contiguous, size = c.ggml_is_contiguous(t), c.ggml_type_size(t.type)
         for i in range(c.ggml_nelements(t)):
-            value = (<int64_t *> t.data)[i] if t.type == c.GGML_TYPE_I64 else (<int32_t *> t.data)[i]
+            at = i * size if contiguous else offset_of(t, i)
+            value = (<int64_t *> (<char *> t.data + at))[0] if size == 8 else (<int32_t *> (<char *> t.data + at))[0]
             if value < 0 or value >= bound:
                 raise IndexRangeError(f"tensor {graph._wrap(t).name!r} picks row {value} of {bound}, at position {i}")
     return 0

@@ -138,15 +138,20 @@ cdef extern from "ggml.h" nogil:
     ggml_tensor * ggml_div(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
     ggml_tensor * ggml_sum_rows(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_concat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, int dim)
+    ggml_tensor * ggml_repeat_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
+                                 int64_t ne3)
+    ggml_tensor * ggml_pad(ggml_context * ctx, ggml_tensor * a, int p0, int p1, int p2, int p3)
     ggml_tensor * ggml_silu(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_gelu(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_relu(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_sqr(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_sigmoid(ggml_context * ctx, ggml_tensor * a)
+    ggml_tensor * ggml_tanh(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_xielu(ggml_context * ctx, ggml_tensor * a, float alpha_n, float alpha_p, float beta, float eps)
     ggml_tensor * ggml_swiglu(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_swiglu_split(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
     ggml_tensor * ggml_geglu_split(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
+    ggml_tensor * ggml_swiglu_oai(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, float alpha, float limit)
     ggml_tensor * ggml_norm(ggml_context * ctx, ggml_tensor * a, float eps)
     ggml_tensor * ggml_rms_norm(ggml_context * ctx, ggml_tensor * a, float eps)
     ggml_tensor * ggml_mul_mat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
@@ -169,12 +174,14 @@ cdef extern from "ggml.h" nogil:
     ggml_tensor * ggml_soft_max(ggml_context * ctx, ggml_tensor * a)
     ggml_tensor * ggml_soft_max_ext(ggml_context * ctx, ggml_tensor * a, ggml_tensor * mask, float scale,
                                     float max_bias)
+    void ggml_soft_max_add_sinks(ggml_tensor * a, ggml_tensor * sinks)
     ggml_tensor * ggml_rope_ext(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, int n_dims,
                                 int mode, int n_ctx_orig, float freq_base, float freq_scale, float ext_factor,
                                 float attn_factor, float beta_fast, float beta_slow)
     ggml_tensor * ggml_argsort_top_k(ggml_context * ctx, ggml_tensor * a, int k)
     ggml_tensor * ggml_flash_attn_ext(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
                                       ggml_tensor * mask, float scale, float max_bias, float logit_softcap)
+    void ggml_flash_attn_ext_add_sinks(ggml_tensor * a, ggml_tensor * sinks)
 
     ggml_cgraph * ggml_new_graph_custom(ggml_context * ctx, size_t size, bool grads)
     void ggml_build_forward_expand(ggml_cgraph * cgraph, ggml_tensor * tensor)

@@ -14,7 +14,8 @@ from pyggml_adapt.errors import DTypeError, ShapeError
 from pyggml_adapt.ggml.enums import Type
 
 
-cdef inline Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tensor d=None, Tensor e=None):
+cdef inline Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tensor d=None, Tensor e=None,
+                          Tensor f=None):
     """Return t as a Tensor of ctx, which then keeps its operands' contexts alive."""
     keep(ctx, a)
     if b is not None:
@@ -23,6 +24,8 @@ cdef inline Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=Non
         keep(ctx, d)
     if e is not None:
         keep(ctx, e)
+    if f is not None:
+        keep(ctx, f)
     return ctx.wrap(t)
 
 
@@ -123,6 +126,47 @@ def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
         raise bad_shape("concat", "rows of 8-byte elements must be contiguous", [("a", a), ("b", b)])
     check_size("concat", <double> c.ggml_nelements(pa) + c.ggml_nelements(pb), [("a", a), ("b", b)])
     return result(ctx, c.ggml_concat(ctx.room(1), pa, pb, dim), a, b)
+
+
+def repeat_4d(Context ctx not None, Tensor a not None, ne0, ne1, ne2, ne3):
+    """Return copies of a side by side that fill [ne0, ne1, ne2, ne3], a's type.
+
+    a: F32, F16, BF16, I32 or I16, with contiguous rows.
+    Raises: ShapeError if a dimension is not a multiple of a's.
+    Wraps: ggml_repeat_4d.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef int64_t d[4]
+    cdef size_t size = c.ggml_type_size(pa.type)
+    ne = (ne0, ne1, ne2, ne3)
+    read_ne(d, "repeat_4d", ne)
+    if c.ggml_blck_size(pa.type) != 1 or not (size == 2 or size == 4):
+        raise bad_type("repeat_4d", "a must be F32, F16, BF16, I32 or I16", [("a", a)])
+    for i in range(4):
+        if d[i] > 0x7FFFFFFF:  # the kernel counts with int
+            raise bad_shape("repeat_4d", f"{list(ne)} is too large", [("a", a)])
+        if d[i] % pa.ne[i] if pa.ne[i] else d[i]:
+            raise bad_shape("repeat_4d", f"{list(ne)} is not a multiple of a", [("a", a)])
+    if not has_rows(pa):
+        raise bad_shape("repeat_4d", "the rows of a must be contiguous", [("a", a)])
+    return result(ctx, c.ggml_repeat_4d(ctx.room(1), pa, d[0], d[1], d[2], d[3]), a)
+
+
+def pad(Context ctx not None, Tensor a not None, int p0, int p1, int p2, int p3):
+    """Return a followed by p0 to p3 zeros in its dimensions, [a.ne0 + p0, a.ne1 + p1, a.ne2 + p2, a.ne3 + p3].
+
+    a: F32, of any strides.
+    Raises: ShapeError if one of them is negative.
+    Wraps: ggml_pad.
+    """
+    cdef c.ggml_tensor * pa = a.ptr()
+    if pa.type != c.GGML_TYPE_F32:
+        raise bad_type("pad", "a must be F32", [("a", a)])
+    if p0 < 0 or p1 < 0 or p2 < 0 or p3 < 0:
+        raise bad_shape("pad", f"a number of zeros is negative in {[p0, p1, p2, p3]}", [("a", a)])
+    check_size("pad", (<double> pa.ne[0] + p0) * (<double> pa.ne[1] + p1) * (<double> pa.ne[2] + p2)
+               * (<double> pa.ne[3] + p3), [("a", a)])
+    return result(ctx, c.ggml_pad(ctx.room(1), pa, p0, p1, p2, p3), a)
 
 
 include "ops_activations.pxi"
@@ -350,70 +394,6 @@ def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor 
     return result(ctx, c.ggml_set_rows(ctx.room(1), pa, pb, pi), a, b, ids)
 
 
-def soft_max(Context ctx not None, Tensor a not None):
-    """Return the softmax along ne0, shape of a.  Wraps: ggml_soft_max."""
-    check_rows("soft_max", a)
-    if not c.ggml_is_contiguous(a.ptr()):
-        raise bad_shape("soft_max", "a must be contiguous", [("a", a)])
-    return result(ctx, c.ggml_soft_max(ctx.room(1), a.ptr()), a)
-
-
-def soft_max_ext(Context ctx not None, Tensor a not None, Tensor mask, float scale=1.0, float max_bias=0.0):
-    """Return softmax(a * scale + mask) along ne0, shape of a.
-
-    mask: F16 or F32 [a.ne0, >= a.ne1, ...], broadcast over ne2 and ne3, or None.  max_bias: ALiBi's, 0 for none.
-    Raises: ShapeError if the mask does not cover a.
-    Wraps: ggml_soft_max_ext.
-    """
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pm = NULL
-    check_rows("soft_max_ext", a)
-    operands = [("a", a), ("mask", mask)]
-    if not c.ggml_is_contiguous(pa) or (max_bias > 0 and mask is None):
-        raise bad_shape("soft_max_ext", "a must be contiguous, and max_bias needs a mask", operands)
-    if mask is not None:
-        pm = mask.ptr()
-        if not is_float(pm):
-            raise bad_type("soft_max_ext", "mask must be F16 or F32", operands)
-        if (pm.ne[0] != pa.ne[0] or pm.ne[1] < pa.ne[1] or pm.ne[2] == 0 or pm.ne[3] == 0
-                or pa.ne[2] % pm.ne[2] or pa.ne[3] % pm.ne[3] or not c.ggml_is_contiguous(pm)):
-            raise bad_shape("soft_max_ext", "mask does not cover a", operands)
-    return result(ctx, c.ggml_soft_max_ext(ctx.room(1), pa, pm, scale, max_bias), a, mask)
-
-
-def rope_ext(Context ctx not None, Tensor a not None, Tensor pos not None, Tensor freq_factors, int n_dims, int mode,
-             int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast,
-             float beta_slow):
-    """Return a with rotary position embedding, shape of a.
-
-    a: F32 [n_embd_head, n_head, n_tokens].  pos: I32 [n_tokens].  freq_factors: F32 [>= n_dims/2] or None.
-    n_dims: how many elements of each head are rotated.  mode: RopeType.NORMAL or NEOX.  The others as YaRN has them.
-    Raises: ShapeError if these do not match.
-    Wraps: ggml_rope_ext.
-    """
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pp = pos.ptr()
-    cdef c.ggml_tensor * pf = NULL
-    operands = [("a", a), ("pos", pos), ("freq_factors", freq_factors)]
-    if mode != c.GGML_ROPE_TYPE_NORMAL and mode != c.GGML_ROPE_TYPE_NEOX:
-        raise ShapeError(f"rope_ext: mode {mode} is neither RopeType.NORMAL nor RopeType.NEOX")
-    check_rows("rope_ext", a)
-    if pp.type != c.GGML_TYPE_I32:
-        raise bad_type("rope_ext", "pos must be I32", operands)
-    if n_dims < 2 or n_dims % 2 or n_dims > pa.ne[0]:
-        raise bad_shape("rope_ext", f"n_dims = {n_dims} is not an even number up to ne0", operands)
-    if pa.ne[0] % 2:
-        raise bad_shape("rope_ext", "ne0 must be even", operands)
-    if pp.ne[0] != pa.ne[2] or pp.ne[1] * pp.ne[2] * pp.ne[3] != 1 or not has_rows(pp):
-        raise bad_shape("rope_ext", "pos needs one position for each token", operands)
-    if freq_factors is not None:
-        pf = freq_factors.ptr()
-        if pf.type != c.GGML_TYPE_F32 or pf.ne[0] < n_dims // 2 or not has_rows(pf):
-            raise bad_shape("rope_ext", "freq_factors must be F32 [>= n_dims/2]", operands)
-    return result(ctx, c.ggml_rope_ext(ctx.room(1), pa, pp, pf, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
-                                       ext_factor, attn_factor, beta_fast, beta_slow), a, pos, freq_factors)
-
-
 def argsort_top_k(Context ctx not None, Tensor a not None, int k):
     """Return the indices of the k largest elements of each row, largest first, I32 [k, a.ne1, a.ne2, a.ne3].
 
@@ -426,35 +406,4 @@ def argsort_top_k(Context ctx not None, Tensor a not None, int k):
     return result(ctx, c.ggml_argsort_top_k(ctx.room(2), a.ptr(), k), a)
 
 
-def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, Tensor v not None, Tensor mask,
-                   float scale, float max_bias=0.0, float logit_softcap=0.0):
-    """Return softmax(q k^T * scale + mask) v, F32 [n_embd_head_v, n_head, n_tokens, n_seq].
-
-    q: F32 [n_embd_head, n_tokens, n_head, n_seq].  k, v: [n_embd_head(_v), n_kv, n_head_kv, n_seq], not transposed.
-    mask: contiguous F16 [n_kv, >= n_tokens, ...] or None.  logit_softcap: 0 for none.
-    Raises: ShapeError if these do not match.
-    Wraps: ggml_flash_attn_ext.
-    """
-    cdef c.ggml_tensor * pq = q.ptr()
-    cdef c.ggml_tensor * pk = k.ptr()
-    cdef c.ggml_tensor * pv = v.ptr()
-    cdef c.ggml_tensor * pm = NULL
-    operands = [("q", q), ("k", k), ("v", v), ("mask", mask)]
-    check_weights("flash_attn_ext", pk, pq, operands)
-    if pq.type != c.GGML_TYPE_F32 or not is_weight(pv):
-        raise bad_type("flash_attn_ext", "q must be F32, k and v of floating-point or quantised types", operands)
-    if (pk.ne[2] == 0 or pq.ne[2] % pk.ne[2] or pk.ne[1] != pv.ne[1] or pv.ne[2] == 0 or pq.ne[2] % pv.ne[2]
-            or pq.ne[3] != pk.ne[3] or pq.ne[3] != pv.ne[3] or not has_rows(pv)):
-        raise bad_shape("flash_attn_ext", "q, k and v do not match", operands)
-    check_size("flash_attn_ext", <double> pv.ne[0] * pq.ne[1] * pq.ne[2] * pq.ne[3], operands)
-    if max_bias > 0 and mask is None:
-        raise bad_shape("flash_attn_ext", "max_bias needs a mask", operands)
-    if mask is not None:
-        pm = mask.ptr()
-        if pm.type != c.GGML_TYPE_F16:
-            raise bad_type("flash_attn_ext", "mask must be F16", operands)
-        if (not c.ggml_is_contiguous(pm) or pm.ne[0] != pk.ne[1] or pm.ne[1] < pq.ne[1] or pm.ne[2] == 0
-                or pm.ne[3] == 0 or pq.ne[2] % pm.ne[2] or pq.ne[3] % pm.ne[3]):
-            raise bad_shape("flash_attn_ext", "mask does not cover q and k", operands)
-    return result(ctx, c.ggml_flash_attn_ext(ctx.room(1), pq, pk, pv, pm, scale, max_bias, logit_softcap), q, k, v,
-                  mask)
+include "ops_attention.pxi"

@@ -34,6 +34,11 @@ def sigmoid(Context ctx not None, Tensor a not None):
     return unary("sigmoid", c.ggml_sigmoid, ctx, a)
 
 
+def tanh(Context ctx not None, Tensor a not None):
+    """Return the hyperbolic tangent of a, shape of a.  Wraps: ggml_tanh."""
+    return unary("tanh", c.ggml_tanh, ctx, a)
+
+
 def xielu(Context ctx not None, Tensor a not None, float alpha_n, float alpha_p, float beta, float eps):
     """Return xIELU of a: softplus(alpha_p) a^2 + beta a where a > 0, and below, with alpha = beta + softplus(alpha_n),
     alpha (exp(min(a, eps)) - 1 - a) + beta a; shape of a.
@@ -56,11 +61,17 @@ def swiglu(Context ctx not None, Tensor a not None):
     return result(ctx, c.ggml_swiglu(ctx.room(1), a.ptr()), a)
 
 
-cdef Tensor glu_split(str op, binary_op call, Context ctx, Tensor a, Tensor b):
+cdef int check_split(str op, Tensor a, Tensor b) except -1:
+    """Check that a and b have one shape, and rows of F32 as the gated activations need."""
     check_even_rows(op, a)
     check_even_rows(op, b)
     if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
         raise bad_shape(op, "shapes differ", [("a", a), ("b", b)])
+    return 0
+
+
+cdef Tensor glu_split(str op, binary_op call, Context ctx, Tensor a, Tensor b):
+    check_split(op, a, b)
     return result(ctx, call(ctx.room(1), a.ptr(), b.ptr()), a, b)
 
 
@@ -80,6 +91,18 @@ def geglu_split(Context ctx not None, Tensor a not None, Tensor b not None):
     Wraps: ggml_geglu_split.
     """
     return glu_split("geglu_split", c.ggml_geglu_split, ctx, a, b)
+
+
+def swiglu_oai(Context ctx not None, Tensor a not None, Tensor b not None, float alpha, float limit):
+    """Return x * sigmoid(alpha * x) * (y + 1), x being a up to limit and y b from -limit to limit; shape of a.
+
+    Raises: ShapeError unless a and b have one shape and contiguous rows, and limit is a number from 0 up.
+    Wraps: ggml_swiglu_oai.
+    """
+    check_split("swiglu_oai", a, b)
+    if not limit >= 0:
+        raise ShapeError(f"swiglu_oai: limit {limit} is not a number from 0 up")
+    return result(ctx, c.ggml_swiglu_oai(ctx.room(1), a.ptr(), b.ptr(), alpha, limit), a, b)
 
 
 def norm(Context ctx not None, Tensor a not None, float eps):

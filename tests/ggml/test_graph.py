@@ -563,3 +563,16 @@ def test_an_expert_out_of_range_is_named(bench):
     ids = bench.leaf(np.array([[0, 1], [2, 3]], dtype=np.int32))
     with pytest.raises(IndexRangeError, match="row 3 of 3, at position 3"):
         bench.compute(ops.mul_mat_id(bench.ctx, experts, b, ids))
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_a_view_of_indices_is_checked_where_it_looks(bench, bad):
+    """Of the experts' order only the first are taken: what lies between them may be anything."""
+    sums, biases = bench.leaf(np.zeros((2, 2, 8), dtype=np.float32)), bench.leaf(np.ones((3, 8), dtype=np.float32))
+    order = bench.leaf(np.array([[0, 1, 99], [2, bad, 99]], dtype=np.int32))
+    ids = ops.view(bench.ctx, order, (2, 2), (order.nb[1],))
+    out = ops.add_id(bench.ctx, sums, biases, ids)
+    with pytest.raises(IndexRangeError, match=f"picks row {bad} of 3, at position 3"):
+        bench.compute(out)
+    order.set_data(np.array([[0, 1, 99], [2, 2, 99]], dtype=np.int32))
+    bench.graph.compute(bench.backend)

@@ -30,6 +30,11 @@ def xielu(x):
     return np.where(x > 0, alpha_p * x**2, below) + 0.25 * x
 
 
+def swiglu_oai(x, y, alpha, limit):
+    x, y = np.minimum(x, limit), y.clip(-limit, limit)
+    return x / (1 + np.exp(-alpha * x)) * (y + 1)
+
+
 def nmse(x, y):
     """Return the mean squared error of x, relative to the mean square of y."""
     return float(((x.astype(np.float64) - y) ** 2).sum() / (y.astype(np.float64) ** 2).sum())
@@ -90,6 +95,7 @@ def test_rowwise(calc, shape):
     np.testing.assert_array_equal(calc(ops.relu, x), np.maximum(x, 0))
     np.testing.assert_array_equal(calc(ops.sqr, x), x * x)
     np.testing.assert_allclose(calc(ops.sigmoid, x), 1 / (1 + np.exp(-x)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(calc(ops.tanh, x), np.tanh(x), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         calc(lambda ctx, a: ops.xielu(ctx, a, 0.5, 0.8, 0.25, -0.125), x), xielu(x), rtol=1e-4, atol=1e-6
     )
@@ -101,6 +107,12 @@ def test_rowwise(calc, shape):
     y = normal(*shape)
     np.testing.assert_allclose(calc(ops.swiglu_split, x, y), x / (1 + np.exp(-x)) * y, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(calc(ops.geglu_split, x, y), gelu(x) * y, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(
+        calc(lambda ctx, a, b: ops.swiglu_oai(ctx, a, b, 1.5, 0.75), x, y),
+        swiglu_oai(x, y, 1.5, 0.75),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     if shape[-1] % 2 == 0:
         left, right = np.split(x, 2, axis=-1)
         np.testing.assert_allclose(calc(ops.swiglu, x), left / (1 + np.exp(-left)) * right, rtol=1e-5, atol=1e-6)
@@ -141,6 +153,37 @@ def test_concat(calc, dim, dtype):
     np.testing.assert_array_equal(
         calc(lambda ctx, x, y: ops.concat(ctx, x, y, dim), a, b), np.concatenate([a, b], 3 - dim)
     )
+
+
+def test_swiglu_oai_without_a_limit(calc):
+    x, y = normal(3, 5) * 20, normal(3, 5) * 20
+    out = calc(lambda ctx, a, b: ops.swiglu_oai(ctx, a, b, 1.702, float("inf")), x, y)
+    np.testing.assert_allclose(out, x / (1 + np.exp(-1.702 * x.astype("d"))) * (y + 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["f", "e", "i"])
+@pytest.mark.parametrize("ne", [(5, 4, 3, 2), (10, 4, 3, 2), (5, 12, 3, 4), (15, 8, 6, 6), (5, 0, 3, 2)])
+def test_repeat_4d(calc, ne, dtype):
+    x = (normal(2, 3, 4, 5) * 99).astype(dtype)
+    out = calc(lambda ctx, a: ops.repeat_4d(ctx, a, *ne), x)
+    assert out.dtype == x.dtype
+    np.testing.assert_array_equal(out, np.tile(x, [n // m for n, m in zip(ne[::-1], x.shape, strict=True)]))
+
+
+def test_repeat_4d_of_a_view(bench):
+    x = normal(3, 4, 6)
+    rows = ops.view(bench.ctx, bench.leaf(x), (6, 1, 3), (6 * 4, 6 * 4 * 4), 6 * 4)  # row 1 of each matrix
+    (out,) = bench.compute(ops.repeat_4d(bench.ctx, rows, 6, 2, 3, 1))
+    np.testing.assert_array_equal(out, np.repeat(x[:, 1:2], 2, axis=1))
+
+
+@pytest.mark.parametrize("p", [(0, 0, 0, 0), (3, 0, 0, 0), (0, 2, 0, 1), (1, 2, 3, 4)])
+def test_pad(calc, p):
+    x = normal(2, 3, 4, 5)
+    padded = np.pad(x, [(0, n) for n in p[::-1]])
+    np.testing.assert_array_equal(calc(lambda ctx, a: ops.pad(ctx, a, *p), x), padded)
+    turned = np.pad(x.swapaxes(2, 3), [(0, n) for n in p[::-1]])
+    np.testing.assert_array_equal(calc(lambda ctx, a: ops.pad(ctx, ops.transpose(ctx, a), *p), x), turned)
 
 
 # What stays in a weight's type is exact; the activations are rounded to F16 for F16 and BF16 weights (2^-11, 2^-9) and
@@ -225,7 +268,7 @@ def test_mul_mat_hadamard(calc, n):
     np.testing.assert_allclose(out, x @ h.T, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("type", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_K], ids=lambda type: type.name)
+@pytest.mark.parametrize("type", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_K, Type.MXFP4], ids=lambda type: type.name)
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_mul_mat_id(calc, type, broadcast):
     n_expert, n_ids, n_tokens, k, m = 4, 2, 3, 256, 5
@@ -243,7 +286,19 @@ def test_add_id(calc):
     np.testing.assert_array_equal(calc(ops.add_id, a, b, ids), a + b[ids])
 
 
-@pytest.mark.parametrize("type", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K], ids=lambda type: type.name)
+def test_add_id_of_views(bench):
+    """As models have them: the first experts of a longer list, and sums that are not contiguous."""
+    a, b, ids = normal(3, 2, 16), normal(4, 16), np.array([[0, 1, 9], [3, 3, 9], [2, 0, 9]], "i")
+    ta, tb, ti = bench.leaf(a), bench.leaf(b), bench.leaf(ids)
+    half = ops.view(bench.ctx, ta, (8, 2, 3), ta.nb[1:3], 32)
+    first = ops.view(bench.ctx, ti, (2, 3), (ti.nb[1],))
+    (out,) = bench.compute(ops.add_id(bench.ctx, half, ops.view(bench.ctx, tb, (8, 4), (tb.nb[1],)), first))
+    np.testing.assert_array_equal(out, a[..., 8:] + b[ids[:, :2], :8])
+
+
+@pytest.mark.parametrize(
+    "type", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.MXFP4], ids=lambda type: type.name
+)
 def test_cast(calc, type):
     x = normal(3, 256)
     stored = calc(lambda ctx, a: ops.cast(ctx, a, type), x)
@@ -298,7 +353,7 @@ def test_get_rows_batched(calc):
 
 @pytest.mark.parametrize("index", ["i", "q"])
 @pytest.mark.parametrize("source", ["f", "e"])
-@pytest.mark.parametrize("type", [Type.F32, Type.F16, Type.Q8_0], ids=lambda type: type.name)
+@pytest.mark.parametrize("type", [Type.F32, Type.F16, Type.Q8_0, Type.MXFP4], ids=lambda type: type.name)
 def test_set_rows(bench, type, source, index):
     a, b, ids = normal(9, 32), normal(4, 32).astype(source), np.array([8, 0, 3, 5], index)
     ta = bench.leaf(a, type)
@@ -386,3 +441,4 @@ def test_empty_tensors(calc):
     assert calc(lambda ctx, a, b: ops.mul_mat(ctx, a, ops.silu(ctx, b)), x, none).size == 0
     np.testing.assert_array_equal(calc(lambda ctx, a, b: ops.concat(ctx, a, b, 1), x, none), x)
     assert calc(ops.get_rows, x, np.empty(0, "i")).size == 0
+    np.testing.assert_array_equal(calc(lambda ctx, a: ops.pad(ctx, a, 0, 2, 0, 0), none), np.zeros((2, 8)))

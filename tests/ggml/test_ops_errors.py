@@ -64,6 +64,50 @@ SHAPES = [
     (uneven(ops.swiglu), [f32(4, 3)], "swiglu: the rows of a must lie at one distance"),
     (ops.swiglu, [f32(5, 3)], "swiglu: ne0 is odd"),
     (ops.geglu_split, [f32(4), f32(3)], "geglu_split: shapes differ"),
+    (transposed(ops.tanh), [f32(4, 3)], "tanh: the rows of a must be contiguous"),
+    (lambda ctx, a, b: ops.swiglu_oai(ctx, a, b, 1, 7), [f32(4), f32(3)], "swiglu_oai: shapes differ"),
+    (
+        uneven(lambda ctx, a, b: ops.swiglu_oai(ctx, b, a, 1, 7)),
+        [f32(4, 3), f32(4, 1, 3)],
+        "swiglu_oai: the rows of a must lie at one distance",
+    ),
+    (
+        lambda ctx, a: ops.swiglu_oai(ctx, a, a, 1, -1),
+        [f32(4)],
+        "swiglu_oai: limit -1.0 is not a number from 0 up",
+    ),
+    (
+        lambda ctx, a: ops.swiglu_oai(ctx, a, a, 1, float("nan")),
+        [f32(4)],
+        "swiglu_oai: limit nan is not a number from 0 up",
+    ),
+    (
+        lambda ctx, a: ops.repeat_4d(ctx, a, 4, 4, 1, 1),
+        [f32(4, 3)],
+        "repeat_4d: [4, 4, 1, 1] is not a multiple of a",
+    ),
+    (
+        lambda ctx, a: ops.repeat_4d(ctx, a, 4, 1, 1, 1),
+        [f32(4, 0)],
+        "repeat_4d: [4, 1, 1, 1] is not a multiple of a",
+    ),
+    (lambda ctx, a: ops.repeat_4d(ctx, a, 4, -3, 1, 1), [f32(4, 3)], "repeat_4d: impossible shape [4, -3, 1, 1]"),
+    (
+        lambda ctx, a: ops.repeat_4d(ctx, a, 1 << 31, 1, 1, 1),
+        [f32(1)],
+        f"repeat_4d: {[1 << 31, 1, 1, 1]} is too large",
+    ),
+    (
+        transposed(lambda ctx, a: ops.repeat_4d(ctx, a, 3, 8, 1, 1)),
+        [f32(4, 3)],
+        "repeat_4d: the rows of a must be contiguous",
+    ),
+    (
+        lambda ctx, a: ops.pad(ctx, a, 1, 0, -2, 0),
+        [f32(4, 3)],
+        "pad: a number of zeros is negative in [1, 0, -2, 0]",
+    ),
+    (lambda ctx, a: ops.pad(ctx, a, 0, BIG, BIG, 0), [f32(4, 3)], "pad: the result is too large"),
     (lambda ctx, a: ops.norm(ctx, a, -1), [f32(4)], "norm: eps -1.0 is negative"),
     (transposed(lambda ctx, a: ops.norm(ctx, a, 0)), [f32(4, 3)], "norm: the rows of a must be contiguous"),
     (lambda ctx, a, b: ops.concat(ctx, a, b, 4), [f32(4), f32(4)], "concat: dim 4 is not 0 to 3"),
@@ -170,6 +214,21 @@ SHAPES = [
         [f32(4, 3)],
         "soft_max_ext: a must be contiguous, and max_bias needs a mask",
     ),
+    (
+        lambda ctx, a, s: ops.soft_max_ext(ctx, a, None, sinks=s),
+        [f32(4, 3, 2), f32(3)],
+        "soft_max_ext: sinks must be one contiguous number for each head",
+    ),
+    (
+        lambda ctx, a, s: ops.soft_max_ext(ctx, a, None, sinks=s),
+        [f32(4, 3, 2), f32(2, 3)],
+        "soft_max_ext: sinks must be one contiguous number for each head",
+    ),
+    (
+        lambda ctx, a, s: ops.soft_max_ext(ctx, a, None, sinks=ops.transpose(ctx, ops.view(ctx, s, (1, 2), s.nb[1:2]))),
+        [f32(4, 3, 2), f32(2, 2)],
+        "soft_max_ext: sinks must be one contiguous number for each head",
+    ),
     (rope_of, [f32(8, 2, 3), i32(2)], "rope_ext: pos needs one position for each token"),
     (rope_of, [f32(7, 2, 3), i32(3)], "rope_ext: ne0 must be even"),
     (rope_of, [f32(8, 2, 3), i32(3), f32(1)], "rope_ext: freq_factors must be F32 [>= n_dims/2]"),
@@ -200,6 +259,19 @@ SHAPES = [
         [f32(8, 2), f32(8, 5)],
         "flash_attn_ext: max_bias needs a mask",
     ),
+    (
+        lambda ctx, q, k, s: ops.flash_attn_ext(ctx, q, k, k, None, 1, sinks=s),
+        [f32(8, 2, 4), f32(8, 5, 2), f32(2)],
+        "flash_attn_ext: sinks must be one contiguous number for each head",
+    ),
+    *(
+        (
+            lambda ctx, q, k, cap=cap: ops.flash_attn_ext(ctx, q, k, k, None, 1, logit_softcap=cap),
+            [f32(8, 2), f32(8, 5)],
+            f"flash_attn_ext: logit_softcap {cap} is not a finite number from 0 up",
+        )
+        for cap in (-1.0, float("nan"), float("inf"))
+    ),
 ]
 TYPES = [
     (ops.mul, [f32(4), (Type.F16, (4,))], "mul: a must be F32, F16 or BF16, b F32 or of a's type"),
@@ -227,6 +299,27 @@ TYPES = [
     (ops.set_rows, [f32(4, 3), f32(4, 2), f32(2)], "set_rows: b must be F32 or F16, ids I64 or I32"),
     (ops.set_rows, [i32(4, 3), f32(4, 2), i32(2)], "set_rows: a must be of a type that ggml can convert to"),
     (ops.soft_max_ext, [f32(4, 3), i32(4, 3)], "soft_max_ext: mask must be F16 or F32"),
+    (
+        lambda ctx, a, s: ops.soft_max_ext(ctx, a, None, sinks=s),
+        [f32(4, 3, 2), (Type.F16, (2,))],
+        "soft_max_ext: sinks must be F32",
+    ),
+    (
+        lambda ctx, q, s: ops.flash_attn_ext(ctx, q, q, q, None, 1, sinks=s),
+        [f32(8, 2, 4), i32(4)],
+        "flash_attn_ext: sinks must be F32",
+    ),
+    (ops.tanh, [(Type.F16, (4,))], "tanh: a must be F32"),
+    (lambda ctx, a, b: ops.swiglu_oai(ctx, a, b, 1, 7), [f32(4), (Type.F16, (4,))], "swiglu_oai: a must be F32"),
+    *(
+        (
+            lambda ctx, a: ops.repeat_4d(ctx, a, 64, 1, 1, 1),
+            [(type, (32,))],
+            "repeat_4d: a must be F32, F16, BF16, I32 or I16",
+        )
+        for type in (Type.I64, Type.I8, Type.Q8_0, Type.MXFP4)
+    ),
+    (lambda ctx, a: ops.pad(ctx, a, 1, 0, 0, 0), [(Type.F16, (4,))], "pad: a must be F32"),
     (rope_of, [f32(8, 2, 3), f32(3)], "rope_ext: pos must be I32"),
     (
         lambda ctx, q, k, v: ops.flash_attn_ext(ctx, q, k, v, None, 1),
@@ -301,12 +394,15 @@ def test_preconditions_that_ggml_aborts_on(python):
         leaves += [ops.transpose(ctx, x) for x in leaves if x.type.blck_size == 1]
         calls = {
             "binary": [ops.add, ops.mul, ops.div, ops.mul_mat, ops.get_rows, ops.soft_max_ext,
-                       ops.swiglu_split, ops.geglu_split,
+                       ops.swiglu_split, ops.geglu_split, lambda c, a, b: ops.swiglu_oai(c, a, b, 1, 7),
+                       lambda c, a, b: ops.soft_max_ext(c, a, None, sinks=b),
+                       lambda c, a, b: ops.flash_attn_ext(c, a, a, a, None, 1, sinks=b),
                        lambda c, a, b: ops.concat(c, a, b, 2), lambda c, a, b: ops.set_rows(c, a, a, b),
                        lambda c, a, b: ops.mul_mat_id(c, a, a, b), lambda c, a, b: ops.add_id(c, a, a, b),
                        lambda c, a, b: ops.flash_attn_ext(c, a, b, b, None, 1),
                        lambda c, a, b: ops.rope_ext(c, a, b, None, 2, 0, 0, 1e4, 1, 0, 1, 0, 0)],
-            "unary": [ops.sum_rows, ops.silu, ops.gelu, ops.relu, ops.sqr, ops.sigmoid, ops.swiglu,
+            "unary": [lambda c, a: ops.repeat_4d(c, a, 512, 6, 1, 3), lambda c, a: ops.pad(c, a, 1, 2, 3, 4), ops.tanh,
+                      ops.sum_rows, ops.silu, ops.gelu, ops.relu, ops.sqr, ops.sigmoid, ops.swiglu,
                       lambda c, a: ops.norm(c, a, 0), lambda c, a: ops.xielu(c, a, 1, 1, 1, 0),
                       ops.soft_max, ops.transpose, lambda c, a: ops.scale(c, a, 1),
                       lambda c, a: ops.rms_norm(c, a, 0), lambda c, a: ops.argsort_top_k(c, a, 3),

@@ -39,6 +39,40 @@ def test_halves_are_numpys():
     np.testing.assert_array_equal(dequantize(X.tobytes(), Type.F32, 512), X)
 
 
+# MXFP4 by the OCP's Microscaling Formats 1.0: 32 elements E2M1 with one scale E8M0; ggml keeps the first half of a
+# block in the low four bits.
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], "f")
+E2M1 = np.concatenate([E2M1, -E2M1])
+
+
+def mxfp4_decoded(data):
+    """Return the numbers [n_blocks, 32] of bytes [n_blocks, 17]."""
+    codes = np.concatenate([data[:, 1:] & 15, data[:, 1:] >> 4], axis=1)
+    return E2M1[codes] * np.ldexp(np.float32(1), data[:, :1].astype("i") - 127)
+
+
+def mxfp4_encoded(blocks):
+    """Return the bytes [n_blocks, 17] of numbers [n_blocks, 32]: the largest one's binade decides on the scale."""
+    exponent = np.floor(np.log2(np.abs(blocks).max(axis=1, keepdims=True))).astype("i") - 2
+    codes = np.abs(E2M1 - np.ldexp(blocks, -exponent)[..., None]).argmin(axis=-1)
+    return np.concatenate([exponent + 127, codes[:, :16] | codes[:, 16:] << 4], axis=1).astype(np.uint8)
+
+
+def test_mxfp4_is_the_standards():
+    assert (Type.MXFP4.blck_size, Type.MXFP4.type_size, Type.MXFP4.row_size(64)) == (32, 17, 34)
+    data = np.random.default_rng(1).integers(0, 256, (253, 17), dtype=np.uint8)
+    data[:, 0] = range(253)  # 255 is NaN, and below it six times the scale is more than F32 holds
+    np.testing.assert_array_equal(dequantize(data, Type.MXFP4, 32), mxfp4_decoded(data))
+    blocks = X.reshape(-1, 32) * 10.0 ** np.arange(-23, 9, dtype="f")[:, None]
+    blocks[3, 5] = 0
+    stored = quantize(blocks, Type.MXFP4)
+    np.testing.assert_array_equal(stored.reshape(-1, 17), mxfp4_encoded(blocks))
+    assert validate(stored, Type.MXFP4)
+    assert (dequantize(quantize(np.zeros(32), Type.MXFP4), Type.MXFP4, 32) == 0).all()
+    # what was stored is kept by another conversion: no code and no scale can change
+    np.testing.assert_array_equal(quantize(mxfp4_decoded(mxfp4_encoded(blocks)), Type.MXFP4), stored)
+
+
 def test_an_imatrix_is_used():
     weights = np.random.default_rng(0).random(512) ** 4
     plain, weighted = (dequantize(quantize(X, Type.Q4_K, each), Type.Q4_K, 512) for each in (np.ones(512), weights))
