@@ -42,6 +42,7 @@ class Reference:
         self.n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
         self.n_past = 0
         fields = lib.llama_context_default_params()
+        params = {"swa_full": False, **params}  # as ours: layers with a window keep no more than they see
         params |= {"n_ctx": n_ctx, "n_batch": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads}
         params |= {"flash_attn_type": int(flash_attn), "type_k": TYPES[type_k], "type_v": TYPES[type_v]}
         for name, value in {**params, "kv_unified": True}.items():

@@ -7,100 +7,25 @@ Source: llama.cpp src/llama-graph.cpp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyggml_adapt.ggml import CGraph, Context, RopeType, Slots, Tensor, Type, ops
+from pyggml_adapt.ggml import CGraph, Context, RopeType, Tensor, Type, ops
 from pyggml_adapt.graph.inputs import Inputs
+from pyggml_adapt.graph.weights import LayerWeights, Weights
 
 if TYPE_CHECKING:
     from pyggml_adapt.models.hparams import HParams
 
 EMBEDDING = "token_embd.weight"
+SWIGLU_OAI = 1.702, 7.0  # the factor in its sigmoid, and the limit of what it is given
 MIN_WEIGHTS_SUM = 6.103515625e-5  # the smallest normal F16: experts' weights are never divided by zero
 
 
-class Pair(Protocol):
-    """A low-rank pair on a weight W [k, m]: a [k, rank], b [rank, m]; W's product gets scale * b(a(x)) added.
-
-    a, b: names among the factors.  On an embedding [k, m] columns are picked: a [rank, m], b [rank, k].  On experts
-    all have n_expert as well.
-    """
-
-    @property
-    def a(self) -> str: ...
-    @property
-    def b(self) -> str: ...
-    @property
-    def scale(self) -> float: ...
-
-
-class Sources(Protocol):
-    """Where a task's weights are, by GGUF name, and the low-rank pairs on them, in the order in which they count."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]: ...
-    @property
-    def factors(self) -> Mapping[str, Tensor]: ...
-    @property
-    def pairs(self) -> Mapping[str, Sequence[Pair]]: ...
-
-
-class Weights:
-    """The weights of one graph, by GGUF name: `w.token_embd` is token_embd.weight, `w.x_b` is x.bias, absent None.
-
-    Each is a slot, made when it is first asked for.
-    """
-
-    def __init__(self, slots: Slots, sources: Sources, prefix: str = "", model: Weights | None = None):
-        self._slots, self._sources, self._prefix = slots, sources, prefix
-        self._made: dict[str, Tensor] = {} if model is None else model._made
-        self._scaled: list[str] = [] if model is None else model._scaled
-        self.model: Weights = self if model is None else model
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the full names of the tensors used so far, in the order of their slots."""
-        return tuple(self._made)
-
-    @property
-    def scaled(self) -> tuple[str, ...]:
-        """Return the names of the tensors b of the pairs that were scaled, in the order of their scale nodes."""
-        return tuple(self._scaled)
-
-    def layer(self, il: int) -> LayerWeights:
-        """Return the weights whose names start blk.il."""
-        return LayerWeights(self._slots, self._sources, f"blk.{il}.", self.model)
-
-    def __getattr__(self, attribute: str) -> Any:
-        is_bias = attribute.endswith("_b")
-        name = f"{self._prefix}{attribute[:-2]}.bias" if is_bias else f"{self._prefix}{attribute}.weight"
-        return self._slot(name, self._sources.tensors[name]) if name in self._sources.tensors else None
-
-    def _slot(self, name: str, source: Tensor) -> Tensor:
-        if name not in self._made:
-            self._made[name] = self._slots.add(source)
-            self._made[name].name = name  # a head that is tied to the embedding is another weight of its own
-        return self._made[name]
-
-    def add_pairs(self, ctx: Context, out: Tensor, w: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return `out` plus what the low-rank pairs on a weight add; product: of slots for a pair's a and b."""
-        for pair in self._sources.pairs.get(w.name, ()):
-            a, b = (self._slot(name, self._sources.factors[name]) for name in (pair.a, pair.b))
-            delta = self._slots.add_scale(ops.scale(ctx, product(a, b), pair.scale))  # exchanged with the weights
-            self._scaled.append(pair.b)
-            out = ops.add(ctx, out, delta)
-        return out
-
-
-class LayerWeights(Weights):
-    """The weights of one layer; `w.model` has those that belong to none."""
-
-
 class GraphBuilder:
-    """Build the graph of one forward pass over n_tokens tokens that attend to n_kv cells of the cache."""
+    """Build the graph of one forward pass over n_tokens tokens and what the cache holds."""
 
     def __init__(
         self,
@@ -110,14 +35,15 @@ class GraphBuilder:
         inputs: Inputs,
         weights: Weights,
         *,
-        n_kv: int,
-        k_l: list[Tensor],
-        v_l: list[Tensor],
+        n_ctx: int,
+        k_l: Mapping[int, Tensor],
+        v_l: Mapping[int, Tensor],
     ):
-        """k_l, v_l: the cache's tensors of each layer, [n_embd_k_gqa, n_cells]."""
+        """n_ctx: of the cache, padded.  k_l, v_l: its tensors by layer, [n_embd_k_gqa, n_cells]."""
         self.ctx, self.graph, self.hp, self.inputs, self.weights = ctx, graph, hp, inputs, weights
-        self.n_tokens, self.n_outputs, self.n_kv = inputs.n_tokens, inputs.n_outputs, n_kv
+        self.n_tokens, self.n_outputs, self.n_ctx = inputs.n_tokens, inputs.n_outputs, n_ctx
         self.k_l, self.v_l = k_l, v_l
+        self.layer_inp: dict[int, Tensor] = {}  # of each layer that is built; of the head, as n_layer, the rows wanted
         self.kq_scale = hp.f_attention_scale or float(np.float32(1.0) / np.sqrt(np.float32(hp.n_embd_head_k)))
 
     def named(self, cur: Tensor, name: str, il: int = -1) -> Tensor:
@@ -158,6 +84,11 @@ class GraphBuilder:
         """Return cur times a number."""
         return ops.scale(self.ctx, cur, factor)
 
+    def soft_capped(self, cur: Tensor) -> Tensor:
+        """Return logits, drawn towards 0 so that none is beyond the model's limit, if it has one."""
+        limit = self.hp.f_final_logit_softcapping
+        return self.scaled(ops.tanh(self.ctx, self.scaled(cur, 1.0 / limit)), limit) if limit else cur
+
     def norm(self, cur: Tensor, w: Tensor | None, il: int = -1, bias: Tensor | None = None) -> Tensor:
         """Return cur, its rows normed as the model's are, scaled by w and shifted by the bias where there are such."""
         ctx, hp = self.ctx, self.hp
@@ -188,7 +119,7 @@ class GraphBuilder:
 
     def qkv(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, K and V, each [n_embd_head, its number of heads, n_tokens]."""
-        hp = self.hp
+        hp = self.hp.of_layer(il)
         if w.attn_qkv is not None:
             q, k, v = self._split_qkv(cur, w, il)
         else:
@@ -202,7 +133,7 @@ class GraphBuilder:
 
     def _split_qkv(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of Q, K and V in the product with the fused weight."""
-        hp, n = self.hp, self.n_tokens
+        hp, n = self.hp.of_layer(il), self.n_tokens
         qkv = self._clamped(self._projected(w.attn_qkv, w.attn_qkv_b, cur, "wqkv", il, "wqkv_b"), "wqkv_clamped", il)
         k_head, v_head, nb2 = qkv.type.row_size(hp.n_embd_head_k), qkv.type.row_size(hp.n_embd_head_v), qkv.nb[1]
         k_at, v_at = k_head * hp.n_head, k_head * (hp.n_head + hp.n_head_kv)
@@ -233,6 +164,11 @@ class GraphBuilder:
         q = self.named(self.norm(q, w.attn_q_norm, il), f"Qcur_{what}", il)
         return q, self.named(self.norm(k, w.attn_k_norm, il), f"Kcur_{what}", il)
 
+    def tempered(self, q: Tensor) -> Tensor:
+        """Return Q times what grows with its tokens' positions, in models that sharpen attention so."""
+        assert self.inputs.attn_scale is not None  # for mypy: hp.f_attn_temp_scale says that there is one
+        return ops.mul(self.ctx, q, self.inputs.attn_scale)
+
     def heads(self, cur: Tensor) -> Tensor:
         """Return cur [n_embd_head * number of heads, n_tokens] split into heads."""
         n_embd_head = self.hp.n_embd_head_k
@@ -249,23 +185,32 @@ class GraphBuilder:
 
     def rope(self, cur: Tensor, rope_type: RopeType, w: LayerWeights, name: str, il: int) -> Tensor:
         """Return cur [n_embd_head, n_head, n_tokens] rotated by the positions of its tokens, named if it has a name."""
-        hp = self.hp
+        hp, freq_base, freq_scale = self.hp, self.hp.rope_freq_base, self.hp.rope_freq_scale
+        yarn = hp.yarn_ext_factor, hp.yarn_attn_factor
+        if hp.is_swa(il):
+            freq_base, freq_scale = hp.rope_freq_base_swa or freq_base, hp.rope_freq_scale_swa or freq_scale
+            yarn = yarn if hp.yarn_swa else (0.0, 1.0)
         cur = ops.rope_ext(
             self.ctx,
             cur,
             self.inputs.pos,
-            w.model.rope_freqs,
+            self._rope_factors(w.model),
             hp.n_rot,
             rope_type,
             hp.n_ctx_orig_yarn,
-            hp.rope_freq_base,
-            hp.rope_freq_scale,
-            hp.yarn_ext_factor,
-            hp.yarn_attn_factor,
+            freq_base,
+            freq_scale,
+            *yarn,
             hp.yarn_beta_fast,
             hp.yarn_beta_slow,
         )
         return self.named(cur, name, il) if name else cur
+
+    def _rope_factors(self, w: Weights) -> Tensor | None:
+        """Return what the frequencies are divided by; LongRoPE's depend on how long the context may become."""
+        if w.rope_freqs is not None:
+            return w.rope_freqs
+        return w.rope_factors_long if self.n_ctx > self.hp.n_ctx_orig_yarn else w.rope_factors_short
 
     def hadamard(self, cur: Tensor, rotation: Tensor | None) -> Tensor:
         """Return cur with its rows rotated block by block, if the cache's type asks for it."""
@@ -279,35 +224,37 @@ class GraphBuilder:
 
     def store_kv(self, k: Tensor, v: Tensor, il: int) -> None:
         """Write K and V of this batch into their cells of the cache."""
-        ctx, n = self.ctx, self.n_tokens
-        k, v = self.hadamard(k, self.inputs.k_rot), self.hadamard(v, self.inputs.v_rot)
+        ctx, n, hp, inputs = self.ctx, self.n_tokens, self.hp.of_layer(il), self.inputs.attn(il)
+        k, v = self.hadamard(k, inputs.k_rot), self.hadamard(v, inputs.v_rot)
         self.graph.expand(self.inputs.pos)  # it is filled though no layer may rotate
-        self.graph.expand(v)
-        self.graph.expand(k)
-        k = ops.view(ctx, k, (self.hp.n_embd_k_gqa, n), (k.nb[2],))
-        self.graph.expand(ops.set_rows(ctx, self.k_l[il], k, self.inputs.k_idxs))
-        if self.inputs.v_trans:  # V is kept transposed: one element a row
-            cache = ops.reshape(ctx, self.v_l[il], 1, math.prod(self.v_l[il].ne))
-            merge = ops.reshape if v.nb[2] == v.type.row_size(self.hp.n_embd_v_gqa) else ops.cont
-            v = ops.reshape(ctx, merge(ctx, v, self.hp.n_embd_v_gqa, n), 1, math.prod(v.ne))
+        for cur in (k, v) if hp.swa_layers else (v, k):
+            self.graph.expand(cur)
+        k = ops.view(ctx, k, (hp.n_embd_k_gqa, n), (k.nb[2],))
+        self.graph.expand(ops.set_rows(ctx, self.k_l[il], k, inputs.k_idxs))
+        cache = self.v_l[il]
+        if inputs.v_trans:  # V is kept transposed: one element a row
+            merge = ops.reshape if v.nb[2] == v.type.row_size(hp.n_embd_v_gqa) else ops.cont
+            v = merge(ctx, v, hp.n_embd_v_gqa, n)
+            if hp.n_embd_v_gqa < cache.ne[0]:  # all layers have one table of where elements go
+                v = ops.pad(ctx, v, cache.ne[0] - hp.n_embd_v_gqa, 0, 0, 0)
+            cache, v = ops.reshape(ctx, cache, 1, math.prod(cache.ne)), ops.reshape(ctx, v, 1, math.prod(v.ne))
         else:
-            cache = self.v_l[il]
-            v = ops.view(ctx, v, (self.hp.n_embd_v_gqa, n), (v.nb[2],))
-        self.graph.expand(ops.set_rows(ctx, cache, v, self.inputs.v_idxs))
+            v = ops.view(ctx, v, (hp.n_embd_v_gqa, n), (v.nb[2],))
+        self.graph.expand(ops.set_rows(ctx, cache, v, inputs.v_idxs))
 
     def _cached(self, il: int) -> tuple[Tensor, Tensor]:
         """Return views of the first n_kv cells: K [n_embd_head, n_head_kv, n_kv]; V likewise, or [n_kv, n_head_kv,
         n_embd_head] if it is kept transposed."""
-        hp, ctx, k, v = self.hp, self.ctx, self.k_l[il], self.v_l[il]
+        hp, ctx, k, v = self.hp.of_layer(il), self.ctx, self.k_l[il], self.v_l[il]
+        n_kv = self.inputs.attn(il).n_kv
         k_head = k.type.row_size(hp.n_embd_head_k)
-        k = ops.view(ctx, k, (hp.n_embd_head_k, hp.n_head_kv, self.n_kv), (k_head, k.nb[1], k.nb[2]))
-        if self.inputs.v_trans:
-            n_cells = v.ne[1]
-            row = v.type.row_size(n_cells)
-            v = ops.view(ctx, v, (self.n_kv, hp.n_head_kv, hp.n_embd_head_v), (row * hp.n_embd_head_v, row, v.nb[2]))
+        k = ops.view(ctx, k, (hp.n_embd_head_k, hp.n_head_kv, n_kv), (k_head, k.nb[1], k.nb[2]))
+        if self.inputs.attn(il).v_trans:
+            row = v.type.row_size(v.ne[1])  # of all cells
+            v = ops.view(ctx, v, (n_kv, hp.n_head_kv, hp.n_embd_head_v), (row * hp.n_embd_head_v, row, v.nb[2]))
         else:
             v_head = v.type.row_size(hp.n_embd_head_v)
-            v = ops.view(ctx, v, (hp.n_embd_head_v, hp.n_head_kv, self.n_kv), (v_head, v.nb[1], v.nb[2]))
+            v = ops.view(ctx, v, (hp.n_embd_head_v, hp.n_head_kv, n_kv), (v_head, v.nb[1], v.nb[2]))
         return k, v
 
     def attn(self, q: Tensor, k: Tensor, v: Tensor, w: LayerWeights, il: int, kq_scale: float | None = None) -> Tensor:
@@ -315,33 +262,37 @@ class GraphBuilder:
 
         kq_scale: what products of Q and K are multiplied with, if it is not the model's.
         """
-        scale = self.kq_scale if kq_scale is None else kq_scale
-        q = self.graph.expand(self.hadamard(q, self.inputs.k_rot))
+        scale, inputs = self.kq_scale if kq_scale is None else kq_scale, self.inputs.attn(il)
+        q = self.graph.expand(self.hadamard(q, inputs.k_rot))
         self.store_kv(k, v, il)
         k, v = self._cached(il)
-        cur = self._attn_flash(q, k, v, scale) if self.inputs.flash_attn else self._attn_soft_max(q, k, v, scale, il)
-        cur = self.hadamard(self.named(self.graph.expand(cur), "kqv_out", il), self.inputs.v_rot)
+        q, k, v = (ops.permute(self.ctx, cur, 0, 2, 1, 3) for cur in (self._per_token(q), k, v))
+        attend = self._attn_flash if self.inputs.flash_attn else self._attn_soft_max
+        cur = attend(q, k, v, w.attn_sinks, scale, il)
+        cur = self.hadamard(self.named(self.graph.expand(cur), "kqv_out", il), inputs.v_rot)
         return self.biased(self.mm(w.attn_output, cur), w.attn_output_b)
 
-    def _attn_flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx = self.ctx
-        q, k, v = (ops.permute(ctx, cur, 0, 2, 1, 3) for cur in (self._per_token(q), k, v))
+    def _attn_flash(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, il: int) -> Tensor:
+        ctx, max_bias, soft_cap = self.ctx, self.hp.f_max_alibi_bias, self.hp.f_attn_logit_softcapping
         if k.type == Type.F32:
             k = ops.cast(ctx, k, Type.F16)
         if v.type == Type.F32:
             v = ops.cast(ctx, v, Type.F16)
-        cur = ops.flash_attn_ext(ctx, q, k, v, self.inputs.kq_mask, scale)
+        cur = ops.flash_attn_ext(ctx, q, k, v, self.inputs.attn(il).kq_mask, scale, max_bias, soft_cap, sinks=sinks)
         ops.mul_mat_set_prec_f32(cur)  # [n_embd_head, n_head, n_tokens]
         return ops.reshape(ctx, cur, cur.ne[0] * cur.ne[1], cur.ne[2])
 
-    def _attn_soft_max(self, q: Tensor, k: Tensor, v: Tensor, scale: float, il: int) -> Tensor:
-        ctx = self.ctx
-        q, k, v = (ops.permute(ctx, cur, 0, 2, 1, 3) for cur in (self._per_token(q), k, v))
+    def _attn_soft_max(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, il: int) -> Tensor:
+        ctx, max_bias, soft_cap = self.ctx, self.hp.f_max_alibi_bias, self.hp.f_attn_logit_softcapping
         kq = self.named(ops.mul_mat(ctx, k, q), "kq", il)  # [n_kv, n_tokens, n_head]
         ops.mul_mat_set_prec_f32(kq)
-        kq = self.named(ops.soft_max_ext(ctx, kq, self.inputs.kq_mask, scale), "kq_soft_max", il)
-        kqv = self.named(ops.mul_mat(ctx, v, kq), "kqv", il)  # [n_embd_head, n_tokens, n_head]
-        cur = ops.permute(ctx, kqv, 0, 2, 1, 3)
+        if soft_cap:
+            kq = self.named(self.scaled(kq, 1.0 / soft_cap), "kq_scaled_1", il)
+            kq = self.named(ops.tanh(ctx, kq), "kq_tanh", il)
+            kq = self.named(self.scaled(kq, soft_cap), "kq_scaled_2", il)
+        kq = ops.soft_max_ext(ctx, kq, self.inputs.attn(il).kq_mask, scale, max_bias, sinks=sinks)
+        kqv = self.named(ops.mul_mat(ctx, v, self.named(kq, "kq_soft_max", il)), "kqv", il)
+        cur = ops.permute(ctx, kqv, 0, 2, 1, 3)  # [n_embd_head, n_head, n_tokens]
         return ops.cont(ctx, cur, cur.ne[0] * cur.ne[1], cur.ne[2])
 
     def _per_token(self, q: Tensor) -> Tensor:
@@ -368,6 +319,8 @@ class GraphBuilder:
     def _gated(self, gate: Tensor, up: Tensor, act: str, prefix: str, il: int) -> Tensor:
         if act == "gelu":
             return self.named(ops.geglu_split(self.ctx, gate, up), f"{prefix}_geglu", il)
+        if act == "swiglu_oai":
+            return self.named(ops.swiglu_oai(self.ctx, gate, up, *SWIGLU_OAI), f"{prefix}_swiglu_oai", il)
         return self.named(ops.swiglu_split(self.ctx, gate, up), f"{prefix}_swiglu", il)
 
     def _activated(self, cur: Tensor, act: str, il: int) -> Tensor:
@@ -394,36 +347,72 @@ class GraphBuilder:
         cur = self.ffn(cur, w, il, part="_shexp", name="ffn_shexp")
         return self.named(ops.mul(ctx, cur, gate), "ffn_shexp_out", il)
 
-    def moe_ffn(self, cur: Tensor, w: LayerWeights, il: int) -> Tensor:
-        """Return the sum of the n_expert_used best experts' outputs, each weighted by its probability: [n_embd, n]."""
+    def moe_ffn(
+        self, cur: Tensor, w: LayerWeights, il: int, act: str = "silu", *, weigh_inputs: bool = False
+    ) -> Tensor:
+        """Return the sum of the n_expert_used best experts' outputs, each weighted by its probability: [n_embd, n].
+
+        act: silu or swiglu_oai.  weigh_inputs: whether what they are given is weighted instead.
+        """
         ctx, n_embd, n, n_used = self.ctx, cur.ne[0], cur.ne[1], self.hp.n_expert_used
         chosen, weights = self._choose_experts(cur, w, il)
         cur = ops.reshape(ctx, cur, n_embd, 1, n)
-        up = self.named(self.mm_id(w.ffn_up_exps, cur, chosen), "ffn_moe_up", il)  # [n_ff, n_used, n]
-        if w.ffn_gate_exps is None:
-            cur = self.named(ops.silu(ctx, up), "ffn_moe_silu", il)
-        else:
-            gate = self.named(self.mm_id(w.ffn_gate_exps, cur, chosen), "ffn_moe_gate", il)
-            cur = self._gated(gate, up, "silu", "ffn_moe", il)
-        cur = self.named(self.mm_id(w.ffn_down_exps, cur, chosen), "ffn_moe_down", il)
-        cur = self.graph.expand(self.named(ops.mul(ctx, cur, weights), "ffn_moe_weighted", il))  # [n_embd, n_used, n]
+        if weigh_inputs:
+            cur = ops.mul(ctx, ops.repeat_4d(ctx, cur, n_embd, n_used, n, 1), weights)
+            cur = self.named(cur, "ffn_moe_weighted", il)
+        cur = self._experts(cur, chosen, w, il, act)  # [n_embd, n_used, n]
+        if not weigh_inputs:
+            cur = self.named(ops.mul(ctx, cur, weights), "ffn_moe_weighted", il)
+        self.graph.expand(cur)
         parts = [self.graph.expand(ops.view(ctx, cur, (n_embd, n), (cur.nb[2],), i * cur.nb[1])) for i in range(n_used)]
         out = parts[0]
         for part in parts[1:]:
             out = self.graph.expand(self.add(out, part))
         return self.named(out if n_used > 1 else ops.cont(ctx, out), "ffn_moe_out", il)
 
+    def _experts(self, cur: Tensor, chosen: Tensor, w: LayerWeights, il: int, act: str) -> Tensor:
+        """Return what the experts chosen for each token make of cur [n_embd, n_used or 1, n]: [n_embd, n_used, n]."""
+        up = self._expert(w.ffn_up_exps, w.ffn_up_exps_b, cur, chosen, "ffn_moe_up", il)  # [n_ff, n_used, n]
+        if w.ffn_gate_exps is None:
+            cur = self.named(ops.silu(self.ctx, up), "ffn_moe_silu", il)
+        else:
+            gate = self._expert(w.ffn_gate_exps, w.ffn_gate_exps_b, cur, chosen, "ffn_moe_gate", il)
+            cur = self._gated(gate, up, act, "ffn_moe", il)
+        return self._expert(w.ffn_down_exps, w.ffn_down_exps_b, cur, chosen, "ffn_moe_down", il)
+
+    def _expert(self, w: Tensor, bias: Tensor | None, cur: Tensor, ids: Tensor, name: str, il: int) -> Tensor:
+        """Return the products of mm_id(), named, each plus its expert's column of the bias if there is one."""
+        cur = self.named(self.mm_id(w, cur, ids), name, il)
+        return cur if bias is None else self.named(ops.add_id(self.ctx, cur, bias, ids), f"{name}_biased", il)
+
     def _choose_experts(self, cur: Tensor, w: LayerWeights, il: int) -> tuple[Tensor, Tensor]:
-        """Return the experts of each token, I32 [n_used, n], and their weights, [1, n_used, n]."""
-        ctx, hp, n = self.ctx, self.hp, cur.ne[1]
-        logits = self.named(self.mm(w.ffn_gate_inp, cur), "ffn_moe_logits", il)
-        gating = ops.sigmoid if hp.expert_gating_func == "sigmoid" else ops.soft_max
-        probs = by = self.named(gating(ctx, logits), "ffn_moe_probs", il)  # [n_expert, n]
+        """Return the experts of each token, I32 [n_used, n], and their weights, [1, n_used, n].
+
+        The weights are a function of the router's logits, softmax or sigmoid, and the experts those with the largest.
+        With softmax_weight and sigmoid_weight these are chosen by the logits, and the softmax is of theirs only.
+        """
+        ctx, hp = self.ctx, self.hp
+        logits = self._projected(w.ffn_gate_inp, w.ffn_gate_inp_b, cur, "ffn_moe_logits", il, "ffn_moe_logits_biased")
+        if hp.expert_gating_func == "softmax_weight":
+            probs = logits  # [n_expert, n]
+        else:
+            probs = ops.soft_max(ctx, logits) if hp.expert_gating_func == "softmax" else ops.sigmoid(ctx, logits)
+        by = self.named(probs, "ffn_moe_probs", il)
+        if hp.expert_gating_func == "sigmoid_weight":
+            by = logits
         if w.exp_probs_b_b is not None:  # it counts for what is chosen only
             by = self.named(self.add(probs, w.exp_probs_b_b), "ffn_moe_probs_biased", il)
         chosen = self.named(ops.argsort_top_k(ctx, by, hp.n_expert_used), "ffn_moe_topk", il)
+        return chosen, self.graph.expand(self._expert_weights(probs, chosen, il))
+
+    def _expert_weights(self, probs: Tensor, chosen: Tensor, il: int) -> Tensor:
+        """Return the weights of the experts chosen for each token, [1, n_used, n].  probs: [n_expert, n]."""
+        ctx, hp, n = self.ctx, self.hp, probs.ne[1]
         weights = ops.get_rows(ctx, ops.reshape(ctx, probs, 1, hp.n_expert, n), chosen)
         weights = self.named(weights, "ffn_moe_weights", il)
+        if hp.expert_gating_func == "softmax_weight":
+            weights = ops.soft_max(ctx, ops.reshape(ctx, weights, hp.n_expert_used, n))
+            weights = self.named(ops.reshape(ctx, weights, 1, hp.n_expert_used, n), "ffn_moe_weights_softmax", il)
         if hp.expert_weights_norm:
             weights = ops.reshape(ctx, weights, hp.n_expert_used, n)
             total = self.named(ops.sum_rows(ctx, weights), "ffn_moe_weights_sum", il)  # [1, n]
@@ -432,4 +421,4 @@ class GraphBuilder:
             weights = ops.reshape(ctx, weights, 1, hp.n_expert_used, n)
         if hp.expert_weights_scale not in (0.0, 1.0):
             weights = self.named(self.scaled(weights, hp.expert_weights_scale), "ffn_moe_weights_scaled", il)
-        return chosen, self.graph.expand(weights)
+        return weights

@@ -1,29 +1,31 @@
-"""Baichuan and Baichuan 2, 7B: the llama block; only models of 32 layers have rope.
+"""Baichuan and Baichuan 2: the llama block; models of 32 layers (7B) have rope, those of 40 (13B) ALiBi.
 
 Source: llama.cpp src/models/baichuan.cpp
 """
 
 from __future__ import annotations
 
-from pyggml_adapt.errors import ModelError
+from typing import Any
+
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models.base import register
+from pyggml_adapt.models.hparams import Keys
 from pyggml_adapt.models.llama import Llama
 
 
 @register("baichuan")
 class Baichuan(Llama):
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     output = "required"
     bias = None
     attn_out = ""
 
-    def check_hparams(self) -> None:
-        super().check_hparams()
-        if self.hp.n_layer == 40:
-            raise ModelError("baichuan.block_count = 40, for which attention with ALiBi is not implemented")
+    @classmethod
+    def read_hparams(cls, keys: Keys) -> dict[str, Any]:
+        return super().read_hparams(keys) | {"f_max_alibi_bias": 8.0 if keys.n_layers()[0] == 40 else 0.0}
 
     def build_qkv(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> tuple[Tensor, Tensor, Tensor]:
         return super().build_qkv(g, w, cur, il) if self.hp.n_layer == 32 else g.qkv(cur, w, il)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import RopeType, Tensor, Type
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights, Weights
 from pyggml_adapt.models.hparams import HParams, Keys, readers
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
@@ -41,8 +42,9 @@ class Model:
     rms_norm: ClassVar[bool] = True  # False: norms are LayerNorms
     output_norm: ClassVar[tuple[str, ...]] = ("weight",)  # the tensors that the last norm has
     output: ClassVar[str] = "optional"  # or required, or tied
-    rope_freqs: ClassVar[bool] = False  # whether there may be factors for the frequencies
+    rope_factors: ClassVar[tuple[str, ...]] = ()  # for the frequencies: freqs, longrope, by rope.scaling.type if both
     experts: ClassVar[str] = "none"  # or optional, or required
+    nextn: ClassVar[bool] = False  # whether there may be layers, kept only, that predict further tokens
 
     def __init__(self, hp: HParams):
         self.hp = hp
@@ -51,6 +53,8 @@ class Model:
     @classmethod
     def read_hparams(cls, keys: Keys) -> dict[str, Any]:
         """Return the hyper-parameters that not every architecture has, or that differ from what is usual."""
+        if not cls.nextn:
+            keys.refuse("nextn_predict_layers")
         if cls.rms_norm:
             return {"f_norm_rms_eps": keys.number("attention.layer_norm_rms_epsilon", least=0.0)}
         return {"f_norm_eps": keys.number("attention.layer_norm_epsilon", least=0.0)}
@@ -70,6 +74,8 @@ class Model:
             raise ModelError(
                 f"{hp.arch}.rope.dimension_count = {hp.n_rot} is above the head size {hp.n_embd_head_k}, or that odd"
             )
+        if hp.rope_scaling_type == "longrope" and "longrope" not in self.rope_factors:
+            raise ModelError(f"{hp.arch}.rope.scaling.type = 'longrope' is not one that architecture {hp.arch} has")
         if hp.n_expert and self.experts == "none":
             raise ModelError(f"{hp.arch}.expert_count = {hp.n_expert}, but architecture {hp.arch} has no experts")
         if not hp.n_expert and self.experts == "required":
@@ -83,8 +89,11 @@ class Model:
             yield TensorSpec(f"output_norm.{leaf}", (hp.n_embd,))
         if self.output != "tied":  # to token_embd, as those are where an optional one is absent
             yield TensorSpec("output.weight", (hp.n_embd, hp.n_vocab), self.output == "required")
-        if self.rope_freqs:
+        if "freqs" in self.rope_factors and hp.rope_scaling_type != "longrope":
             yield TensorSpec("rope_freqs.weight", (hp.n_rot // 2,), required=False)
+        elif "longrope" in self.rope_factors:
+            yield TensorSpec("rope_factors_long.weight", (hp.n_rot // 2,), required=False)
+            yield TensorSpec("rope_factors_short.weight", (hp.n_rot // 2,), required=False)
 
     def layer_tensors(self, il: int) -> Iterator[TensorSpec]:
         """Yield the tensors of layer il, named without their blk.N. prefix."""
@@ -96,6 +105,17 @@ class Model:
         for il in range(self.hp.n_layer):
             for name, ne, required, unless in self.layer_tensors(il):
                 yield TensorSpec(f"blk.{il}.{name}", ne, required, unless and f"blk.{il}.{unless}")
+        for il in range(self.hp.n_layer, self.hp.n_layer + self.hp.n_layer_nextn):
+            for name, ne, *_ in self.nextn_tensors(il):
+                yield TensorSpec(f"blk.{il}.{name}", ne, required=False)
+
+    def nextn_tensors(self, il: int) -> Iterator[TensorSpec]:
+        """Yield the tensors of layer il, one of those that predict further tokens, named as by layer_tensors()."""
+        hp = self.hp
+        yield from self.layer_tensors(il)
+        yield TensorSpec("nextn.eh_proj.weight", (2 * hp.n_embd, hp.n_embd))
+        for name in ("enorm", "hnorm", "shared_head_norm"):
+            yield TensorSpec(f"nextn.{name}.weight", (hp.n_embd,))
 
     def check_tensors(self, found: Mapping[str, Tensor]) -> None:
         """Raise ModelError naming the first tensor that is missing, mis-shaped, of a wrong type, or unknown."""
@@ -123,7 +143,9 @@ class Model:
         if name.startswith(_HEAD):
             return self.hp.n_layer
         found = _LAYER.match(name)
-        return int(found[1]) if found and int(found[1]) < self.hp.n_layer else 0
+        if found is None or int(found[1]) >= self.hp.n_layer + self.hp.n_layer_nextn:
+            return 0
+        return min(int(found[1]), self.hp.n_layer)  # nothing depends on layers after the last that is computed
 
     def build(self, g: GraphBuilder, w: Weights, first_layer: int = 0) -> Tensor | None:
         """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs.
@@ -132,12 +154,14 @@ class Model:
         """
         cur = self.build_inp(g, w) if g.inputs.embd is None else g.inputs.embd
         for il in range(first_layer, self.hp.n_layer):
+            g.layer_inp[il] = cur
             out = self.build_layer(g, w.layer(il), cur, il)
             if out is None:
                 return None
             cur = out
+        g.layer_inp[self.hp.n_layer] = cur
         cur = g.named(g.norm(cur, w.output_norm, bias=w.output_norm_b), "result_norm")
-        return g.named(self.build_head(g, w, cur), "result_output")
+        return g.named(g.soft_capped(self.build_head(g, w, cur)), "result_output")
 
     def build_inp(self, g: GraphBuilder, w: Weights) -> Tensor:
         """Return the input of layer 0, [n_embd, n_tokens]."""
@@ -156,7 +180,7 @@ def _check_tensor(spec: TensorSpec, tensor: Tensor) -> None:
     """Raise ModelError unless ggml can compute with the tensor: it ends the process on a vector that is not F32."""
     if tensor.ne != spec.ne + (1,) * (4 - len(spec.ne)):
         raise ModelError(f"tensor {spec.name} has shape {list(tensor.ne)}, not {list(spec.ne)}")
-    if (len(spec.ne) == 1 or "_norm." in spec.name) and tensor.type != Type.F32:
+    if (len(spec.ne) == 1 or "_norm." in spec.name or spec.name.endswith(".bias")) and tensor.type != Type.F32:
         raise ModelError(f"tensor {spec.name} has type {tensor.type.name}, not F32")
     if tensor.type.name in _NO_WEIGHTS or not (tensor.type.is_quantized or tensor.type in _FLOATS):
         raise ModelError(f"tensor {spec.name} has type {tensor.type.name}, which weights cannot have")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights, Weights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
 from pyggml_adapt.models.hparams import Keys
@@ -37,11 +38,7 @@ class CommandR(Model):
     def build_layer(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor | None:
         inp = cur  # [n_embd, n_tokens]
         normed = g.named(g.norm(cur, w.attn_norm, il), "attn_norm", il)
-        q, k, v = g.qkv(normed, w, il)  # [n_embd_head, n_head or n_head_kv, n_tokens]
-        if w.attn_q_norm is not None:
-            q = g.named(g.norm(q, w.attn_q_norm, il), "Qcur", il)
-            k = g.named(g.norm(k, w.attn_k_norm, il), "Kcur", il)
-        q, k = g.rope(q, self.rope_type, w, "Qcur", il), g.rope(k, self.rope_type, w, "Kcur", il)
+        q, k, v = self.build_qkv(g, w, normed, il)  # [n_embd_head, n_head or n_head_kv, n_tokens]
         if il == self.hp.n_layer - 1 and g.n_outputs == 0:
             g.store_kv(k, v, il)
             return None
@@ -50,6 +47,14 @@ class CommandR(Model):
             attn, inp, normed = g.output_rows(attn), g.output_rows(inp), g.output_rows(normed)
         cur = g.add(g.ffn(normed, w, il), inp)
         return g.named(g.add(cur, attn), "l_out", il)
+
+    def build_qkv(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q, K and V, rotated."""
+        q, k, v = g.qkv(cur, w, il)
+        if w.attn_q_norm is not None:
+            q = g.named(g.norm(q, w.attn_q_norm, il), "Qcur", il)
+            k = g.named(g.norm(k, w.attn_k_norm, il), "Kcur", il)
+        return g.rope(q, self.rope_type, w, "Qcur", il), g.rope(k, self.rope_type, w, "Kcur", il), v
 
     def build_head(self, g: GraphBuilder, w: Weights, cur: Tensor) -> Tensor:
         cur = super().build_head(g, w, cur)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.hparams import Keys, read_experts
@@ -18,7 +19,7 @@ from pyggml_adapt.models.llama import Llama
 
 @register("deepseek")
 class Deepseek(Llama):
-    rope_freqs = False
+    rope_factors = ()
     experts = "required"
     bias = None
     attn_out = ""
@@ -28,11 +29,11 @@ class Deepseek(Llama):
         return super().read_hparams(keys) | read_experts(keys) | {"expert_weights_norm": False}
 
     def ffn_tensors(self, il: int) -> Iterator[TensorSpec]:
-        if il < self.hp.n_layer_dense_lead:
+        if not self.hp.has_experts(il):
             yield from tables.ffn(self.hp)
         else:
             yield from tables.experts(self.hp)
             yield from tables.shared_expert(self.hp)
 
     def build_ffn(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
-        return g.ffn(cur, w, il) if il < self.hp.n_layer_dense_lead else g.shared_moe_ffn(cur, w, il)
+        return g.shared_moe_ffn(cur, w, il) if self.hp.has_experts(il) else g.ffn(cur, w, il)

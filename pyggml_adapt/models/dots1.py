@@ -10,10 +10,11 @@ from typing import Any
 
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
-from pyggml_adapt.models.hparams import GATING_FUNCS, Keys, read_experts
+from pyggml_adapt.models.hparams import Keys, read_experts, read_gating_func
 from pyggml_adapt.models.qwen3 import Qwen3
 
 
@@ -24,14 +25,8 @@ class Dots1(Qwen3):
 
     @classmethod
     def read_hparams(cls, keys: Keys) -> dict[str, Any]:
-        gating = keys.count("expert_gating_func")
-        if gating not in GATING_FUNCS:
-            raise ModelError(
-                f"{keys.arch}.expert_gating_func = {gating} is not implemented; implemented are 1 and 2: "
-                f"{' and '.join(GATING_FUNCS.values())}"
-            )
         norm = keys.flag("expert_weights_norm", False)
-        own = {"expert_gating_func": GATING_FUNCS[gating], "expert_weights_norm": norm}
+        own = {"expert_gating_func": read_gating_func(keys), "expert_weights_norm": norm}
         return super().read_hparams(keys) | read_experts(keys) | own
 
     def check_hparams(self) -> None:
@@ -40,11 +35,11 @@ class Dots1(Qwen3):
             raise ModelError(f"dots1.attention.head_count_kv = {self.hp.n_head_kv} is not head_count {self.hp.n_head}")
 
     def ffn_tensors(self, il: int) -> Iterator[TensorSpec]:
-        if il < self.hp.n_layer_dense_lead:
+        if not self.hp.has_experts(il):
             yield from tables.ffn(self.hp)
         else:
             yield from tables.experts(self.hp, probs_bias=True)
             yield from tables.shared_expert(self.hp)
 
     def build_ffn(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
-        return g.ffn(cur, w, il) if il < self.hp.n_layer_dense_lead else g.shared_moe_ffn(cur, w, il)
+        return g.shared_moe_ffn(cur, w, il) if self.hp.has_experts(il) else g.ffn(cur, w, il)

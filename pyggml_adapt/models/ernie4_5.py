@@ -11,7 +11,7 @@ from pyggml_adapt.models.llama import Llama
 
 @register("ernie4_5")
 class Ernie45(Llama):
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     bias = None
     attn_out = ""

@@ -10,7 +10,8 @@ from typing import Any
 
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.hparams import Keys
@@ -20,13 +21,13 @@ from pyggml_adapt.models.tables import OPTIONAL
 
 @register("ernie4_5-moe")
 class Ernie45Moe(Llama):
-    rope_freqs = False
+    rope_factors = ()
     experts = "required"
     bias = None
 
     @classmethod
     def read_hparams(cls, keys: Keys) -> dict[str, Any]:
-        if (step := keys.count("interleave_moe_layer_step")) != 1:
+        if (step := keys.count("interleave_moe_layer_step", least=0)) != 1:  # llama.cpp cannot load such files
             raise ModelError(f"{keys.arch}.interleave_moe_layer_step = {step} is not implemented")
         return super().read_hparams(keys) | {
             "n_ff_exp": keys.count("expert_feed_forward_length"),
@@ -35,7 +36,7 @@ class Ernie45Moe(Llama):
         }
 
     def ffn_tensors(self, il: int) -> Iterator[TensorSpec]:
-        if il < self.hp.n_layer_dense_lead:
+        if not self.hp.has_experts(il):
             yield from tables.ffn(self.hp)
             return
         yield from tables.experts(self.hp, gate=OPTIONAL, probs_bias=True)
@@ -43,4 +44,4 @@ class Ernie45Moe(Llama):
             yield from tables.shared_expert(self.hp)
 
     def build_ffn(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor:
-        return g.ffn(cur, w, il) if il < self.hp.n_layer_dense_lead else g.shared_moe_ffn(cur, w, il)
+        return g.shared_moe_ffn(cur, w, il) if self.hp.has_experts(il) else g.ffn(cur, w, il)

@@ -12,6 +12,7 @@ from pyggml_adapt.models.llama import Llama
 
 @register("exaone")
 class Exaone(Llama):
+    rope_factors = ("freqs",)
     rope_type = RopeType.NEOX
     experts = "none"
     bias = None

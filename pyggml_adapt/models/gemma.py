@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights, Weights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights, Weights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights, Weights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.hparams import Keys

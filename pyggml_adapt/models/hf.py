@@ -23,6 +23,8 @@ _LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",  # Phi 3
+    "self_attn.linear_attn": "attn_output",  # Nemotron
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -53,6 +55,10 @@ _LAYER = {
     "mlp.gate_up_proj": "ffn_up",
     "post_feedforward_layernorm": "post_ffw_norm",  # OLMo 2
     "attention.dense": "attn_output",  # Ling
+    "mlp.router": "ffn_gate_inp",  # gpt-oss
+    "feed_forward.router": "ffn_gate_inp",  # Llama 4
+    **{f"feed_forward.{which}_proj": f"ffn_{which}" for which in ("gate", "down", "up")},
+    **{f"feed_forward.shared_expert.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "down", "up")},
     **{
         f"mlp.{shared}.{which}_proj": f"ffn_{which}_shexp"
         for shared in ("shared_expert", "shared_experts", "shared_mlp")  # Qwen; DeepSeek, dots, ERNIE, Ling; Hunyuan
@@ -67,13 +73,14 @@ _EXPERT = {
     "mlp.experts.down_proj": "ffn_down_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
 }
-_POST_NORM = frozenset({"seed_oss", "olmo2"})  # their post_attention_layernorm has another name than ffn_norm
+# Their post_attention_layernorm has another name than ffn_norm.
+_POST_NORM = frozenset({"exaone4", "glm4moe", "gpt-oss", "olmo2", "seed_oss"})
 # The converter adds 1 to the weights of norms, which hence are not those of a PEFT directory.
-_SHIFTED_NORMS = frozenset({"gemma", "nemotron"})
+_SHIFTED_NORMS = frozenset({"gemma", "gemma2", "gemma3", "nemotron"})
 # Hugging Face turns the first half of a head against the second, llama.cpp's NORMAL rope neighbours: for these
 # architectures the converter reorders the rows of Q and K.
 _PERMUTED = frozenset(
-    {"llama", "arcee", "deepseek", "granite", "granitemoe", "minicpm", "mistral3", "olmo", "smollm3", "xverse"}
+    {"llama", "arcee", "deci", "deepseek", "granite", "granitemoe", "minicpm", "mistral3", "olmo", "smollm3", "xverse"}
 )
 
 _PARAMETER = re.compile(r"(?:model\.)?(?:layers\.([0-9]+)\.)?(.+)\.(weight|bias)")
@@ -84,7 +91,6 @@ def hf_target(model: Model) -> Callable[[str], Target | None]:
     """Return the function from a parameter's Hugging Face path to its Target in the model, None if it has none."""
     hp = model.hp
     known = {spec.name for spec in model.all_tensors()}
-    n_heads = {"attn_q": hp.n_head, "attn_k": hp.n_head_kv} if model.arch in _PERMUTED else {}
 
     def target(parameter: str) -> Target | None:
         if not (match := _PARAMETER.fullmatch(parameter)):
@@ -105,6 +111,14 @@ def hf_target(model: Model) -> Callable[[str], Target | None]:
         name = f"{found}.{leaf}" if il is None else f"blk.{il}.{found}.{leaf}"
         if found is None or name not in known or expert >= hp.n_expert > 0:
             return None
-        return Target(name, n_heads.get(found, 0), expert, hp.n_expert if expert >= 0 else 0)
+        return Target(name, _n_head(model, il, found), expert, hp.n_expert if expert >= 0 else 0)
 
     return target
+
+
+def _n_head(model: Model, il: str | None, name: str) -> int:
+    """Return the number of heads whose rows the converter reorders in a tensor of layer il, 0 for none."""
+    if il is None or name not in ("attn_q", "attn_k") or model.arch not in _PERMUTED:
+        return 0
+    hp = model.hp.of_layer(int(il))
+    return hp.n_head if name == "attn_q" else hp.n_head_kv

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,17 +13,43 @@ from pyggml_adapt.errors import ModelError
 
 MAX_LAYERS = 512
 MAX_EXPERTS = 512
+MAX_CTX = (1 << 31) - 1  # positions are int32
 MAX_SIZE = 1 << 24  # of any dimension: larger than every published model's, small enough that products fit in 64 bits
 
-ROPE_SCALING_TYPES = ("none", "linear", "yarn")
+ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
+LAYERED = ("deci",)  # architectures whose layers may differ in size, or lack a part
 GATING_FUNCS = {1: "softmax", 2: "sigmoid"}
+
+
+class Window(NamedTuple):
+    """How far back tokens see: the last n positions, their own included, or, chunked, from a multiple of n on."""
+
+    n: int
+    is_chunked: bool = False
+
+    def sees(self, p0: np.ndarray, p1: np.ndarray | int) -> np.ndarray:
+        """Return bool arrays: whether a token at p1 sees p0, as far as that is not later."""
+        return p0 >= p1 // self.n * self.n if self.is_chunked else p1 - p0 < self.n
+
+    def first(self, p1: int) -> int:
+        """Return the first position that p1 sees."""
+        return p1 // self.n * self.n if self.is_chunked else max(p1 - self.n + 1, 0)
+
+
+class LayerSizes(NamedTuple):
+    """What of one layer may differ from the other layers."""
+
+    n_head: int
+    n_head_kv: int
+    n_ff: int
 
 
 @dataclass(frozen=True, slots=True)
 class HParams:
     """What shapes a model's graph, named as in llama.cpp's llama_hparams; counts in elements.
 
-    Those with a default are read only for the architectures that have them: by Model.read_hparams().
+    Those with a default are read only for the architectures that have them: by Model.read_hparams().  Where layers
+    differ in size (layer_sizes), n_head, n_head_kv and n_ff are the largest: of_layer() has each layer's.
     Source: llama.cpp src/llama-model.cpp (load_hparams), src/llama-hparams.h.
     """
 
@@ -52,7 +78,8 @@ class HParams:
     f_norm_eps: float = 0.0
     n_ff_exp: int = 0  # of one expert, if it is not n_ff
     n_ff_shexp: int = 0  # of the shared expert
-    n_layer_dense_lead: int = 0  # layers before the first that has experts
+    n_layer_dense_lead: int = 0  # layers before the first that may have experts
+    n_moe_layer_step: int = 1  # every which layer has experts; 0: none
     expert_gating_func: str = "softmax"
     expert_weights_norm: bool = True
     expert_weights_scale: float = 0.0  # 0: none
@@ -61,6 +88,19 @@ class HParams:
     f_embedding_scale: float = 0.0  # 0: none
     f_residual_scale: float = 0.0  # 0: none
     f_logit_scale: float = 0.0  # 0: none
+    f_attn_logit_softcapping: float = 0.0  # 0: none
+    f_final_logit_softcapping: float = 0.0  # 0: none
+    n_layer_nextn: int = 0  # layers after the n_layer that are computed: they predict further tokens, and are kept only
+    window: Window | None = None  # of the layers in swa_layers
+    swa_layers: tuple[bool, ...] = ()  # whether each layer attends to a sliding window
+    rope_freq_base_swa: float = 0.0  # of these layers; 0: as the others
+    rope_freq_scale_swa: float = 0.0  # of these layers; 0: as the others
+    yarn_swa: bool = True  # whether YaRN counts for these layers too
+    f_attn_temp_scale: float = 0.0  # 0: Q is not scaled by position
+    f_attn_temp_offset: float = 0.0
+    n_attn_temp_floor_scale: int = 0
+    f_max_alibi_bias: float = 0.0  # 0: attention has no bias by distance
+    layer_sizes: tuple[LayerSizes, ...] = ()
     rope_finetuned: bool = True
     xielu: tuple[tuple[float, float, float, float], ...] = ()  # of each layer: alpha_n, alpha_p, beta, eps
 
@@ -74,6 +114,19 @@ class HParams:
         """Return the elements of V that one token adds to one layer."""
         return self.n_embd_head_v * self.n_head_kv
 
+    def is_swa(self, il: int) -> bool:
+        """Return whether layer il attends to a sliding window."""
+        return bool(self.swa_layers) and self.swa_layers[il]
+
+    def has_experts(self, il: int) -> bool:
+        """Return whether layer il of a model with experts has any."""
+        step = self.n_moe_layer_step
+        return il >= self.n_layer_dense_lead and step > 0 and (il + 1) % step == 0
+
+    def of_layer(self, il: int) -> HParams:
+        """Return the hyper-parameters with the sizes of layer il."""
+        return replace(self, layer_sizes=(), **self.layer_sizes[il]._asdict()) if self.layer_sizes else self
+
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], n_vocab: int) -> HParams:
         """Return the hyper-parameters in `metadata`; n_vocab is ne1 of the token embedding.
@@ -84,22 +137,20 @@ class HParams:
         if not isinstance(arch, str):
             raise ModelError("the metadata has no general.architecture")
         keys = Keys(metadata, arch)
-        n_embd, n_head = keys.count("embedding_length"), keys.count("attention.head_count")
-        n_head_kv = keys.count("attention.head_count_kv", n_head)
-        if n_head % n_head_kv:
-            raise ModelError(f"{arch}.attention.head_count = {n_head} is not a multiple of head_count_kv = {n_head_kv}")
+        n_embd, sizes = keys.count("embedding_length"), _layer_sizes(keys)
+        n_head = sizes[0].n_head
         if n_embd % n_head and f"{arch}.attention.key_length" not in metadata:
             raise ModelError(f"{arch}.embedding_length = {n_embd} is not a multiple of head_count = {n_head}")
         n_embd_head_k = keys.count("attention.key_length", max(n_embd // n_head, 1))
         n_rot = keys.count("rope.dimension_count", n_embd_head_k)
-        n_ctx_train = keys.count("context_length", most=1 << 31)
-        keys.refuse("nextn_predict_layers")
+        n_ctx_train = keys.count("context_length", most=MAX_CTX)
+        n_layer, n_layer_nextn = keys.n_layers()
         keys.refuse("attention.causal", True)
         found = {
-            "n_layer": keys.count("block_count", most=MAX_LAYERS),
-            "n_ff": keys.count("feed_forward_length"),
-            "n_head": n_head,
-            "n_head_kv": n_head_kv,
+            "n_layer": n_layer,
+            "n_layer_nextn": n_layer_nextn,
+            **LayerSizes(*map(max, zip(*sizes, strict=True)))._asdict(),
+            "layer_sizes": sizes if len(sizes) > 1 else (),
             "n_embd_head_k": n_embd_head_k,
             "n_embd_head_v": keys.count("attention.value_length", max(n_embd // n_head, 1)),
             "n_rot": n_rot,
@@ -132,6 +183,22 @@ class Keys:
             raise ModelError(f"{key} = {value} is not from {least} to {most}")
         return value
 
+    def counts(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Return a whole number, which may be 0, for each layer; one number counts as that of all."""
+        n_layer, name = sum(self.n_layers()), f"{self.arch}.{key}"
+        value = self.metadata.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, (np.ndarray, list)):
+            return (self.count(key, least=0),) * n_layer
+        array = np.asarray(value)
+        if array.dtype.kind not in "iu" or array.shape != (n_layer,):
+            raise ModelError(f"{name} must be a whole number for each of {n_layer} layers, not {value!r}")
+        for each in array.tolist():
+            if not 0 <= each <= MAX_SIZE:
+                raise ModelError(f"{name} = {each} is not from 0 to {MAX_SIZE}")
+        return tuple(array.tolist())
+
     def number(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
         """Return a finite number."""
         key = f"{self.arch}.{key}"
@@ -143,6 +210,21 @@ class Keys:
         if not (math.isfinite(value) and value >= least):
             raise ModelError(f"{key} = {value} is not a finite number of at least {least}")
         return float(value)
+
+    def positive(self, key: str, default: float) -> float:
+        """Return a finite number above 0, or the default, which may be 0."""
+        value = self.number(key, default, least=0.0)
+        if value == 0.0 and f"{self.arch}.{key}" in self.metadata:
+            raise ModelError(f"{self.arch}.{key} = {value} is not positive")
+        return value
+
+    def n_layers(self) -> tuple[int, int]:
+        """Return the numbers of layers that are computed, and of those after them that predict further tokens."""
+        n_layer = self.count("block_count", most=MAX_LAYERS)
+        n_nextn = self.count("nextn_predict_layers", 0, least=0, most=MAX_LAYERS)
+        if n_nextn >= n_layer:
+            raise ModelError(f"{self.arch}.nextn_predict_layers = {n_nextn} leaves none of block_count = {n_layer}")
+        return n_layer - n_nextn, n_nextn
 
     def flag(self, key: str, default: bool) -> bool:
         """Return whether something is so."""
@@ -173,6 +255,23 @@ class Keys:
 readers: dict[str, Callable[[Keys], dict[str, Any]]] = {}  # by architecture: of those that are its own
 
 
+def _layer_sizes(keys: Keys) -> tuple[LayerSizes, ...]:
+    """Return the sizes of each layer; where the architecture's layers do not differ, of one."""
+    if keys.arch in LAYERED:
+        n_head = keys.counts("attention.head_count")
+        n_head_kv = keys.counts("attention.head_count_kv", n_head)
+        sizes = tuple(map(LayerSizes, n_head, n_head_kv, keys.counts("feed_forward_length")))
+        if not n_head[0]:
+            raise ModelError(f"{keys.arch}.attention.head_count = 0 in layer 0, whose heads' size is that of all heads")
+    else:
+        one = keys.count("attention.head_count")
+        sizes = (LayerSizes(one, keys.count("attention.head_count_kv", one), keys.count("feed_forward_length")),)
+    for of_q, of_kv, _ in sizes:
+        if of_kv and (of_q % of_kv or not of_q):
+            raise ModelError(f"{keys.arch}.attention.head_count = {of_q} is not a multiple of head_count_kv = {of_kv}")
+    return sizes
+
+
 def read_experts(keys: Keys) -> dict[str, Any]:
     """Return what shapes the experts of architectures that have shared ones next to them."""
     n_ff_exp = keys.count("expert_feed_forward_length")
@@ -182,6 +281,17 @@ def read_experts(keys: Keys) -> dict[str, Any]:
         "n_layer_dense_lead": keys.count("leading_dense_block_count", 0, least=0, most=MAX_LAYERS),
         "expert_weights_scale": keys.number("expert_weights_scale", 0.0, least=0.0),
     }
+
+
+def read_gating_func(keys: Keys, default: int | None = None) -> str:
+    """Return the name of what turns the router's logits into probabilities; 0 stands for the default, if any."""
+    gating = keys.count("expert_gating_func", default, least=0) or default or 0
+    if gating not in GATING_FUNCS:
+        raise ModelError(
+            f"{keys.arch}.expert_gating_func = {gating} is not implemented; implemented are 1 and 2: "
+            f"{' and '.join(GATING_FUNCS.values())}"
+        )
+    return GATING_FUNCS[gating]
 
 
 def read_n_ff_exp(keys: Keys) -> int:
@@ -211,13 +321,8 @@ def _rope(keys: Keys, n_ctx_train: int) -> dict[str, Any]:
             f"{keys.arch}.rope.scaling.type = {kind!r} is not implemented; "
             f"implemented are {', '.join(ROPE_SCALING_TYPES)}"
         )
-    factor = keys.number("rope.scaling.factor", 0.0, least=0.0)
-    if f"{keys.arch}.rope.scaling.factor" not in keys.metadata:
-        factor = keys.number("rope.scale_linear", 0.0, least=0.0)
-    freq_scale = np.float32(1.0) if factor == 0.0 or kind == "none" else np.float32(1.0) / np.float32(factor)
-    freq_base = keys.number("rope.freq_base", 10000.0, least=0.0)
-    if freq_base <= 0.0:
-        raise ModelError(f"{keys.arch}.rope.freq_base = {freq_base} is not positive")
+    freq_scale = np.float32(1.0) if kind == "none" else _freq_scale(keys)
+    freq_base = keys.positive("rope.freq_base", 10000.0)
     attn_factor = np.float32(keys.number("rope.scaling.attn_factor", 1.0))
     if kind == "yarn":
         attn_factor *= _yarn_attn_factor(np.float32(1.0) / freq_scale)
@@ -225,15 +330,23 @@ def _rope(keys: Keys, n_ctx_train: int) -> dict[str, Any]:
         "rope_freq_base": freq_base,
         "rope_freq_scale": float(freq_scale),
         "rope_scaling_type": kind,
-        "n_ctx_orig_yarn": keys.count("rope.scaling.original_context_length", n_ctx_train, most=1 << 31),
+        "n_ctx_orig_yarn": keys.count("rope.scaling.original_context_length", n_ctx_train, most=MAX_CTX),
         "yarn_ext_factor": 1.0 if kind == "yarn" else 0.0,
         "yarn_attn_factor": float(attn_factor),
     }
 
 
+def _freq_scale(keys: Keys) -> np.float32:
+    """Return what positions are multiplied with."""
+    factor = keys.number("rope.scaling.factor", 0.0, least=0.0)
+    if f"{keys.arch}.rope.scaling.factor" not in keys.metadata:
+        factor = keys.number("rope.scale_linear", 0.0, least=0.0)
+    return np.float32(1.0) / np.float32(factor or 1.0)
+
+
 def read_yarn(keys: Keys) -> dict[str, Any]:
     """Return the rope parameters of architectures that have keys for more of YaRN's."""
-    found = _rope(keys, keys.count("context_length", most=1 << 31))
+    found = _rope(keys, keys.count("context_length", most=MAX_CTX))
     if found["rope_scaling_type"] == "yarn":
         factor = np.float32(1.0) / np.float32(found["rope_freq_scale"])
         attn_factor = np.float32(keys.number("rope.scaling.attn_factor", 1.0))
@@ -242,6 +355,28 @@ def read_yarn(keys: Keys) -> dict[str, Any]:
     found["yarn_beta_fast"] = keys.number("rope.scaling.yarn_beta_fast", 32.0, least=0.0)
     found["yarn_beta_slow"] = keys.number("rope.scaling.yarn_beta_slow", 1.0, least=0.0)
     return found
+
+
+def read_swa(keys: Keys, n_pattern: int, *, n_swa: int, is_chunked: bool = False) -> dict[str, Any]:
+    """Return which layers attend to a window of n_swa positions: all but every n_pattern-th, if no key says else.
+
+    Their rope is as the other layers', unless a key says else; a factor counts even if rope.scaling.type is none.
+    """
+    n_layer, key = keys.n_layers()[0], f"{keys.arch}.attention.sliding_window_pattern"
+    pattern = np.asarray(keys.metadata.get(key, n_pattern))
+    if pattern.ndim:
+        if pattern.dtype.kind not in "biu" or len(pattern) < n_layer:
+            raise ModelError(f"{key} must be true or false for each of {n_layer} layers, not {pattern!r}")
+        swa_layers = tuple(bool(each) for each in pattern[:n_layer])
+    else:
+        n_pattern = keys.count("attention.sliding_window_pattern", n_pattern, least=0, most=MAX_LAYERS)
+        swa_layers = tuple(n_pattern == 0 or il % n_pattern < n_pattern - 1 for il in range(n_layer))
+    return {
+        "window": Window(n_swa, is_chunked),
+        "swa_layers": swa_layers,
+        "rope_freq_base_swa": keys.positive("rope.freq_base_swa", 0.0),
+        "rope_freq_scale_swa": float(_freq_scale(keys)),
+    }
 
 
 def _yarn_attn_factor(factor: np.float32, log_mul: float = 0.0) -> np.float32:

@@ -12,7 +12,8 @@ import numpy as np
 
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.hparams import Keys
@@ -24,7 +25,7 @@ MAX_ALPHA = 1e6  # its power times the base stays finite
 @register("hunyuan-dense")
 class HunyuanDense(Llama):
     rope_type = RopeType.NEOX
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     bias = None
 

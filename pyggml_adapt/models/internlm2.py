@@ -11,7 +11,7 @@ from pyggml_adapt.models.llama import Llama
 
 @register("internlm2")
 class InternLM2(Llama):
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     output = "required"
     bias = None

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
 from pyggml_adapt.models.tables import OPTIONAL
@@ -17,7 +18,7 @@ from pyggml_adapt.models.tables import OPTIONAL
 
 @register("llama")
 class Llama(Model):
-    rope_freqs = True
+    rope_factors: ClassVar[tuple[str, ...]] = ("freqs", "longrope")
     experts = "optional"
     bias: ClassVar[bool | None] = OPTIONAL  # of attn_output and of the feed-forward network
     norm_bias: ClassVar[bool | None] = None

@@ -6,7 +6,8 @@ Source: llama.cpp src/models/nemotron.cpp
 from __future__ import annotations
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models.base import register
 from pyggml_adapt.models.llama import Llama
 from pyggml_adapt.models.tables import REQUIRED
@@ -18,7 +19,7 @@ class Nemotron(Llama):
     partial_rotary = True
     rms_norm = False
     output_norm = ("weight", "bias")
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     output = "required"
     norm_bias = REQUIRED

@@ -18,7 +18,7 @@ from pyggml_adapt.models.llama import Llama
 class Olmo(Llama):
     rms_norm = False
     output_norm = ()
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     bias = None
     attn_out = ""

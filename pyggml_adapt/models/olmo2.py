@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and feed-forward network, and over all of Q and of K.
+"""OLMo 2 and 3: norms after each block, and over all of Q and of K; OLMo 3 has layers with a window, without YaRN.
 
 Source: llama.cpp src/models/olmo2.cpp
 """
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
-from pyggml_adapt.models.hparams import Keys
+from pyggml_adapt.models.hparams import Keys, read_swa
 
 
 @register("olmo2")
@@ -22,8 +23,11 @@ class Olmo2(Model):
 
     @classmethod
     def read_hparams(cls, keys: Keys) -> dict[str, Any]:
-        keys.refuse("attention.sliding_window")
-        return super().read_hparams(keys)
+        found, n_swa = super().read_hparams(keys), keys.count("attention.sliding_window", 0, least=0)
+        if n_swa == 0:
+            return found
+        unscaled = {"rope_freq_base_swa": 0.0, "rope_freq_scale_swa": 1.0, "yarn_swa": False}
+        return found | read_swa(keys, 4, n_swa=n_swa) | unscaled
 
     def layer_tensors(self, il: int) -> Iterator[TensorSpec]:
         hp = self.hp

@@ -16,7 +16,7 @@ class Orion(Llama):
     rope_type = RopeType.NEOX
     rms_norm = False
     output_norm = ("weight", "bias")
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     output = "required"
     bias = None

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.hparams import Keys, read_n_ff_exp
@@ -19,7 +20,7 @@ from pyggml_adapt.models.llama import Llama
 @register("qwen2moe")
 class Qwen2Moe(Llama):
     rope_type = RopeType.NEOX
-    rope_freqs = False
+    rope_factors = ()
     experts = "required"
     output = "required"
     bias = None

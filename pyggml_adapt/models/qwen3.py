@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.llama import Llama
@@ -17,7 +18,7 @@ from pyggml_adapt.models.llama import Llama
 @register("qwen3")
 class Qwen3(Llama):
     rope_type = RopeType.NEOX
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     bias = None
     attn_out = ""

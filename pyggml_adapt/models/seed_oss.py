@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
 

@@ -6,14 +6,15 @@ Source: llama.cpp src/models/smollm3.cpp
 from __future__ import annotations
 
 from pyggml_adapt.ggml import Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models.base import register
 from pyggml_adapt.models.llama import Llama
 
 
 @register("smollm3")
 class SmolLM3(Llama):
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     bias = None
 

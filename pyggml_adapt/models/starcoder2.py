@@ -6,7 +6,8 @@ Source: llama.cpp src/models/starcoder2.cpp
 from __future__ import annotations
 
 from pyggml_adapt.ggml import RopeType, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, LayerWeights
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models.base import register
 from pyggml_adapt.models.llama import Llama
 from pyggml_adapt.models.tables import REQUIRED
@@ -17,7 +18,7 @@ class Starcoder2(Llama):
     rope_type = RopeType.NEOX
     rms_norm = False
     output_norm = ("weight", "bias")
-    rope_freqs = False
+    rope_factors = ()
     experts = "none"
     bias = REQUIRED
     norm_bias = REQUIRED

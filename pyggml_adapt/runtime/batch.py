@@ -16,10 +16,12 @@ _NO_STATES: Mapping[int, np.ndarray] = {}
 class UBatch:
     """Up to n_ubatch tokens, in the cells that they will occupy.
 
-    tokens, pos: int32 [n_tokens].  seq_id: int64 [n_tokens].  cells: int64 [n_tokens].  out_ids: int32 [n_outputs].
+    tokens, pos: int32 [n_tokens].  seq_id: int64 [n_tokens].  out_ids: int32 [n_outputs].  cells: for each part of the
+    cache, int64 [n_tokens].
     first_layer, embd: if not 0, the layer to start from (n_layer: the head), with its input, F32 [n_tokens, n_embd].
     states: layer -> array of the same kind that the input of that layer is written into; of the head's (n_layer) the
     rows of out_ids only.
+    stores: whether there is K and V to store: not for the head alone.
     """
 
     __slots__ = ("_cache", "cells", "embd", "first_layer", "out_ids", "pos", "seq_id", "states", "tokens")
@@ -35,11 +37,12 @@ class UBatch:
         first_layer: int = 0,
         embd: np.ndarray | None = None,
         states: Mapping[int, np.ndarray] = _NO_STATES,
+        stores: bool = True,
     ):
         self._cache = cache
         self.tokens, self.pos, self.seq_id, self.out_ids = tokens, pos, seq_id, out_ids
         self.first_layer, self.embd, self.states = first_layer, embd, states
-        self.cells = cache.find_slot(len(tokens))
+        self.cells: Sequence[np.ndarray] = cache.find_slot(len(tokens)) if stores else ()
 
     @property
     def n_tokens(self) -> int:
@@ -58,49 +61,60 @@ class UBatch:
 
     def store(self) -> None:
         """Mark the cells as its own."""
-        self._cache.store(self.cells, self.pos, self.seq_id)
+        if self.cells:
+            self._cache.store(self.cells, self.pos, self.seq_id)
 
     def release(self) -> None:
         """Mark the cells as empty again."""
-        self._cache.release(self.cells)
+        if self.cells:
+            self._cache.release(self.cells)
 
     def fill(self, inputs: Inputs) -> None:
         """Write what is evaluated into a graph's inputs."""
         inputs.fill(self)
 
-    def mask(self, n_kv: int) -> np.ndarray:
-        """Return bool [n_tokens, n_kv]: whether each token may see each cell."""
-        return self._cache.mask(self.pos, self.seq_id, n_kv)
+    def mask(self, part: int, n_kv: int) -> np.ndarray:
+        """Return bool [n_tokens, n_kv]: whether each token may see each cell of a part of the cache."""
+        return self._cache.parts[part].mask(self.pos, self.seq_id, n_kv)
+
+    def distance(self, part: int, n_kv: int) -> np.ndarray:
+        """Return int32 [n_tokens, n_kv]: how many positions each cell of a part of the cache is before each token."""
+        return self.pos[:, None] - self._cache.parts[part].pos[:n_kv]
 
 
 class Step:
-    """One token that follows all others of its cache, see KVCache.is_next(); as a UBatch, but made of two numbers.
+    """One token that follows all others of its cache, see KVCache.next_cells(); as a UBatch, but made of few numbers.
 
     Every token that is generated is one, and after its computation the caches of the CPU are cold: what it touches
     here is what counts.
     """
 
-    __slots__ = ("_cache", "pos", "token")
+    __slots__ = ("_cache", "cells", "pos", "token")
 
     n_tokens = n_outputs = 1
     first_layer = 0
     states = _NO_STATES
     part: tuple[int, tuple[int, ...]] = (0, ())
 
-    def __init__(self, cache: KVCache, token: int, pos: int):
-        self._cache, self.token, self.pos = cache, token, pos
+    def __init__(self, cache: KVCache, token: int, pos: int, cells: Sequence[int]):
+        self._cache, self.token, self.pos, self.cells = cache, token, pos, cells
 
     def store(self) -> None:
-        """Mark the cell as its own."""
-        self._cache.store_next()
+        """Mark the cells as its own."""
+        self._cache.store_next(self.cells, self.pos)
 
     def release(self) -> None:
-        """Mark the cell as empty again."""
-        self._cache.release(np.array([self.pos]))
+        """Mark the cells as empty again."""
+        self._cache.release([np.array([cell]) for cell in self.cells])
 
     def fill(self, inputs: Inputs) -> None:
         """Write what is evaluated into a graph's inputs."""
-        inputs.fill_step(self.token, self.pos)
+        inputs.fill_step(self)
+
+    def seen(self, part: int, n_kv: int) -> np.ndarray | None:
+        """Return bool [n_kv]: the cells of a part that it sees; None if these are those of the last positions."""
+        cells = self._cache.parts[part]
+        return None if cells.sees_last(self.pos) else cells.seen(self.pos, n_kv)
 
 
 def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> list[int]:

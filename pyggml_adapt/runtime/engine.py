@@ -8,10 +8,11 @@ from collections.abc import Collection
 
 import numpy as np
 
-from pyggml_adapt.errors import ClosedError, ModelError
-from pyggml_adapt.ggml import Backend, BufferType, CGraph, Context, GAllocr, Slots, Tensor
-from pyggml_adapt.graph.builder import GraphBuilder, Weights
+from pyggml_adapt.errors import ClosedError
+from pyggml_adapt.ggml import Backend, BufferType, CGraph, Context, GAllocr, Slots
+from pyggml_adapt.graph.builder import GraphBuilder
 from pyggml_adapt.graph.inputs import Inputs, hadamard_sizes
+from pyggml_adapt.graph.weights import Weights
 from pyggml_adapt.models import Model
 from pyggml_adapt.runtime.batch import Step, UBatch
 from pyggml_adapt.runtime.kv_cache import KVCache
@@ -34,7 +35,7 @@ class Program:
         *,
         n_tokens: int,
         n_outputs: int,
-        n_kv: int,
+        n_kv: tuple[int, ...],
         flash_attn: bool,
         first_layer: int = 0,
         boundaries: Collection[int] = (),
@@ -50,38 +51,32 @@ class Program:
         k_rot, v_rot = hadamard_sizes(cache.type_k, cache.type_v, hp.n_embd_head_k, hp.n_embd_head_v)
         self.inputs = Inputs(
             ctx,
+            hp,
             n_tokens=n_tokens,
             n_outputs=n_outputs,
             n_kv=n_kv,
-            n_cells=cache.n_cells,
-            n_embd_v_gqa=hp.n_embd_v_gqa,
+            n_cells=[part.n_cells for part in cache.parts],
             flash_attn=flash_attn,
             k_rot=k_rot,
             v_rot=v_rot,
             n_embd=hp.n_embd if first_layer else 0,
         )
-        k_l = [self._cache_slots.add(k) for k in cache.k_l]
-        v_l = [self._cache_slots.add(v) for v in cache.v_l]
+        k_l = {il: self._cache_slots.add(k) for il, k in cache.k_l.items()}
+        v_l = {il: self._cache_slots.add(v) for il, v in cache.v_l.items()}
         w = Weights(self._weight_slots, weights)
-        builder = GraphBuilder(ctx, self.graph, hp, self.inputs, w, n_kv=n_kv, k_l=k_l, v_l=v_l)
+        builder = GraphBuilder(ctx, self.graph, hp, self.inputs, w, n_ctx=cache.n_cells, k_l=k_l, v_l=v_l)
         self.logits = model.build(builder, w, first_layer)
         if self.logits is not None:
             self.graph.expand(self.logits.set_output())
-        self._states = {il: self._input_of(il).set_output() for il in boundaries}
+        self._states = {il: self.graph.expand(builder.layer_inp[il].set_output()) for il in boundaries}
         self._allocr = GAllocr(buffer_type)
         self._allocr.alloc_graph(self.graph)
-        self.inputs.fill_constants()
+        self.inputs.prepare()
         self._names, self._scaled = w.names, w.scaled
         self._weights: TaskWeights | None = None  # that bind_weights() was last given
         self._weight_slots.seal()
         self._cache_slots.seal()
         self.nbytes = self._allocr.nbytes + ctx.mem_size
-
-    def _input_of(self, il: int) -> Tensor:
-        node = self.graph.tensor(f"l_out-{il - 1}")
-        if node is None:
-            raise ModelError(f"the graph has no node l_out-{il - 1}, which layer {il} would start from")
-        return node
 
     def bind(self, weights: TaskWeights, cache: KVCache) -> None:
         """Point the graph at a task's weights and a session's cache."""

@@ -85,7 +85,13 @@ class Host:
         n_threads = None if n_threads is None else count("n_threads", n_threads, most=MAX_THREADS)
         if max_adaptor_bytes is not None:
             count("max_adaptor_bytes", max_adaptor_bytes, least=0, most=MAX_NBYTES)
-        self._type_k, self._type_v = cache_type("type_k", type_k), cache_type("type_v", type_v)
+        self._new_cache = functools.partial(
+            KVCache,
+            n_ubatch=min(self.n_batch, self.n_ubatch),
+            type_k=cache_type("type_k", type_k),
+            type_v=cache_type("type_v", type_v),
+            flash_attn=flash_attn,
+        )
         self._files = {"use_mmap": use_mmap, "use_mlock": use_mlock}
         self._lock = threading.RLock()
         self._tasks: dict[str, _Task] = {}
@@ -410,7 +416,7 @@ class Host:
                 _logger.warning("n_ctx = %d: the model was trained on contexts of %d tokens", n_ctx, hp.n_ctx_train)
             weights = self._store.acquire(name)
             try:
-                cache = KVCache(hp, n_ctx, type_k=self._type_k, type_v=self._type_v, flash_attn=self._engine.flash_attn)
+                cache = self._new_cache(hp, n_ctx)
                 session = TextSession(
                     functools.partial(self._tokenizer_of, loaded, lambda: weights),
                     self._engine,

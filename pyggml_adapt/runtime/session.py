@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -127,6 +128,7 @@ class Session:
         with self._lock:
             self._check_open()
             self.check_fits(len(new))
+            self._settle()
             waiting = self._tokens[self._n_evaluated :]
             if not waiting and not new:
                 raise TokenError(_NOTHING_TO_EVALUATE)
@@ -140,8 +142,6 @@ class Session:
 
         The first of them may be known already.  first_layer, source: where to start from, if not from tokens.
         """
-        if self._dirty:
-            self._cache.seq_rm(0, self._n_evaluated)
         n_past = len(self._tokens)
         whole = len(tokens) > 1 and self._n_whole == n_past
         logits = self._evaluate(tokens, all_logits, whole, first_layer, source)
@@ -159,12 +159,13 @@ class Session:
         logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
         done, n_past = 0, self._n_evaluated
         self._dirty = True
-        if len(tokens) == 1 and source is None and self._cache.is_next(n_past):
-            self._engine.eval(self._model, self._weights, self._cache, Step(self._cache, tokens[0], n_past), logits)
+        if len(tokens) == 1 and source is None and (cells := self._cache.next_cells(n_past)):
+            step = Step(self._cache, tokens[0], n_past, cells)
+            self._engine.eval(self._model, self._weights, self._cache, step, logits)
             return logits
         ids = np.array(tokens, dtype=np.int32)
         for piece, pos, out_ids in split(ids, n_past, self.n_batch, self.n_ubatch, all_logits=all_logits):
-            batch = UBatch(self._cache, piece, pos, np.zeros(len(piece), dtype=np.int64), out_ids)
+            batch = UBatch(self._cache, piece, pos, _zeros(piece), out_ids)
             if source is not None:
                 batch.first_layer, batch.embd = first_layer, source.read(first_layer, int(pos[0]), len(piece))
             if whole:
@@ -186,6 +187,8 @@ class Session:
     def rewind(self, n_past: int) -> None:
         """Forget all tokens after the first n_past.
 
+        Where layers attend to a sliding window, what it showed then may be overwritten: those tokens that are left are
+        evaluated again, with the next ones.
         Raises: ParameterError if there are not so many.
         """
         self._check_open()
@@ -196,9 +199,23 @@ class Session:
                 self._ends.pop()
             if n_past < self._n_evaluated:
                 self._last = 0, None
-                self._n_evaluated = n_past
-            self._cache.seq_rm(0, self._n_evaluated)
+                self._keep(n_past)
+            else:
+                self._settle()
             del self._tokens[n_past:]
+
+    def _settle(self) -> None:
+        """Remove from the cache what an evaluation that did not finish has left there."""
+        if self._dirty:
+            self._keep(self._n_evaluated)
+
+    def _keep(self, n_past: int) -> None:
+        """Let the cache hold the first n_past tokens only; none if what the next one would attend to is not there."""
+        self._n_evaluated = n_past if self._cache.holds(n_past) else 0
+        self._cache.seq_rm(0, self._n_evaluated)
+        self._dirty = False
+        if self._n_evaluated < n_past or not self._cache.is_whole:
+            self._ends.clear()  # a new session given the same calls would have its tokens in other cells
 
     def generate_ids(
         self,
@@ -260,18 +277,20 @@ class Session:
 
     def _take(self, source: Session) -> ForkReport:
         """Become, empty as it is, what a fork of `source`, whose lock is held, must be."""
+        source._settle()
         n_layer, known = self._model.hp.n_layer, source.tokens  # a generation may append to them meanwhile
         self.check_fits(len(known))
         differs = first_difference(source._model, source._weights, self._model, self._weights)
-        if differs is None:
+        if differs is None and self._cache.fits(source._cache, source._n_evaluated):
             copied = self._copy(source, known)
             return ForkReport(self.task, len(known), len(known), None, n_layer, n_layer, float(bool(known)), copied)
         tokens = as_tokens(known, self.n_vocab) if known else []
-        first_layer = source._kept.highest(differs)
-        if differs == n_layer:
-            n_reused, n_computed, copied = self._take_all_layers(source, tokens, first_layer)
+        if differs == n_layer and self._cache.fits(source._cache, source._n_whole - source._n_last(tokens)):
             first_layer = n_layer
+            n_reused, n_computed, copied = self._take_all_layers(source, tokens)
         else:
+            is_there = self._cache.fits(source._cache, source._n_whole)
+            first_layer = source._kept.highest(differs) if differs is not None and is_there else 0
             n_reused, n_computed, copied = self._take_layers(source, tokens, first_layer)
         if self.n_past < len(tokens):
             n_computed += (len(tokens) - self.n_past) * n_layer
@@ -292,47 +311,64 @@ class Session:
             self._append(tokens[self.n_past : end], first_layer=first_layer, source=kept if first_layer else None)
         return n_reused, source._n_whole * (self._model.hp.n_layer - first_layer), copied
 
-    def _take_all_layers(self, source: Session, tokens: list[int], first_layer: int) -> tuple[int, int, int]:
+    def _n_last(self, tokens: list[int]) -> int:
+        """Return of how many tokens at the end of the whole calls a fork must compute K and V to get their logits.
+
+        Of none if the head's input was kept for the last of them, or if other tokens follow.
+        """
+        if not self._ends or self._n_whole < len(tokens) or self._kept.has_head(self._n_whole):
+            return 0
+        n_call = self._n_whole - (self._ends[-2] if len(self._ends) > 1 else 0)
+        return (n_call - 1) % self.n_batch % self.n_ubatch + 1
+
+    def _take_all_layers(self, source: Session, tokens: list[int]) -> tuple[int, int, int]:
         """Take every layer, and compute the logits of the last call, if no token came after it.
 
-        From the head's input if it was kept, else for the last piece of the call from first_layer's.  Returns as
-        _take_layers().
+        From the head's input if it was kept, else for the last piece of the call from the highest layer that can be.
+        Returns as _take_layers().
         """
-        n_whole, n_layer, kept = source._n_whole, self._model.hp.n_layer, source._kept
+        n_whole, n_last, n_layer, kept = source._n_whole, source._n_last(tokens), self._model.hp.n_layer, source._kept
         copied = self._cache.copy(source._cache, n_whole, n_layer)
         self._kept.inherit(kept, n_whole, n_layer)
-        n_last = 0
-        if kept.has_head(n_whole):
-            first_layer, n_last = n_layer, 1
-        elif n_whole:
-            n_call = n_whole - (source._ends[-2] if len(source._ends) > 1 else 0)
-            n_last = (n_call - 1) % self.n_batch % self.n_ubatch + 1
-        if n_whole < len(tokens):
-            n_last = 0
-        self._take_tokens(tokens[: n_whole - n_last])
+        self._mark(source, tokens[: n_whole - n_last])
+        n_computed = 0
         if n_last:
-            last = tokens[n_whole - n_last : n_whole]
+            first_layer, last = kept.highest(n_layer), tokens[n_whole - n_last : n_whole]
             self._append(last, first_layer=first_layer, source=kept if first_layer else None)
+            n_computed = n_last * (n_layer - first_layer)
+        elif 0 < n_whole == len(tokens):
+            self._evaluate_head(tokens, kept)
         self._ends = source._ends.copy()
-        return n_whole - (n_last if first_layer < n_layer else 0), n_last * (n_layer - first_layer), copied
+        return n_whole - n_last, n_computed, copied
+
+    def _evaluate_head(self, tokens: list[int], kept: Boundaries) -> None:
+        """Compute the logits of the last token from the head's input."""
+        n, n_layer = len(tokens), self._model.hp.n_layer
+        ids, pos = np.array(tokens[-1:], dtype=np.int32), np.array([n - 1], dtype=np.int32)
+        embd, out_ids = kept.read(n_layer, n - 1, 1), np.zeros(1, dtype=np.int32)
+        batch = UBatch(self._cache, ids, pos, _zeros(ids), out_ids, first_layer=n_layer, embd=embd, stores=False)
+        logits = np.empty((1, self.n_vocab), dtype=np.float32)
+        self._engine.eval(self._model, self._weights, self._cache, batch, logits)
+        self._last = n, logits[0]
 
     def _copy(self, source: Session, tokens: list[int]) -> int:
         """Take everything over; return the bytes of K and V copied."""
         n_layer = self._model.hp.n_layer
         copied = self._cache.copy(source._cache, source._n_evaluated, n_layer)
         self._kept.inherit(source._kept, source._n_whole, n_layer)
-        self._take_tokens(tokens[: source._n_evaluated])
-        self._tokens = tokens
+        self._cache.take(source._cache)
+        self._tokens, self._n_evaluated = tokens, source._n_evaluated
         self._ends = source._ends.copy()
         logits = source.logits
         self._last = self._n_evaluated, None if logits is None else logits.copy()
         return copied
 
-    def _take_tokens(self, tokens: list[int]) -> None:
-        """Take tokens whose K and V were copied for evaluated."""
-        if tokens:
-            cells = np.arange(len(tokens), dtype=np.int64)
-            self._cache.store(cells, cells.astype(np.int32), np.zeros_like(cells))
+    def _mark(self, source: Session, tokens: list[int]) -> None:
+        """Take tokens whose K and V were copied for evaluated, in the cells that the calls for them would take."""
+        for start, end in pairwise([0, *source._ends]):
+            call = np.array(tokens[start:end], dtype=np.int32)
+            for piece, pos, _ in split(call, start, self.n_batch, self.n_ubatch, all_logits=False):
+                self._cache.store(self._cache.find_slot(len(piece)), pos, _zeros(piece))
         self._tokens, self._n_evaluated = tokens, len(tokens)
 
     def _check_open(self) -> None:
@@ -358,6 +394,11 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {self.task!r}, {self.n_past} of {self.n_ctx} tokens>"
+
+
+def _zeros(tokens: np.ndarray) -> np.ndarray:
+    """Return the sequence, 0, of each token."""
+    return np.zeros(len(tokens), dtype=np.int64)
 
 
 class Generation:

@@ -11,7 +11,7 @@ import pyggml_adapt as pga
 from pyggml_adapt.ggml import Context, Slots, Type
 from pyggml_adapt.ggml.backend import Buffer, Device
 from pyggml_adapt.ggml.graph import CGraph
-from pyggml_adapt.graph.builder import Weights
+from pyggml_adapt.graph.weights import Weights
 from pyggml_adapt.models import architectures
 from pyggml_adapt.runtime import engine
 

@@ -127,7 +127,7 @@ def test_a_thousand_swaps_build_no_graph(tiny_gguf, split_models, monkeypatch):
         for step in range(1000):
             sessions[step % 3].eval([3 + step % 100])
     assert before == 1
-    assert built[before:] == [256, 512]  # a token alone, and the same once 256 cells are full
+    assert built[before:] == [(256,), (512,)]  # a token alone, and the same once 256 cells are full
 
 
 def test_activate_is_cheap_and_decides_what_runs(parts):

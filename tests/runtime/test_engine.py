@@ -32,21 +32,21 @@ def host(tiny_gguf):
 def test_a_graph_is_built_once_per_shape(host, built):
     with host.session(n_ctx=512) as one, host.session(n_ctx=512) as other:
         one.eval(random_ids(70))
-        assert built == [(32, 0, 256), (6, 1, 256)]
+        assert built == [(32, 0, (256,)), (6, 1, (256,))]
         other.eval(random_ids(70, seed=1))
         for token in random_ids(100):
             one.eval([token])
             other.eval([token])
-        assert built[2:] == [(1, 1, 256)]
+        assert built[2:] == [(1, 1, (256,))]
         other.eval(random_ids(40), all_logits=True)
-        assert built[3:] == [(32, 32, 256), (8, 8, 256)]
+        assert built[3:] == [(32, 32, (256,)), (8, 8, (256,))]
 
 
 def test_sessions_of_other_sizes_have_graphs_of_their_own(host, built):
     with host.session(n_ctx=256) as one, host.session(n_ctx=512) as other:
         one.eval([1])
         other.eval([1])
-        assert built == [(1, 1, 256)] * 2
+        assert built == [(1, 1, (256,))] * 2
 
 
 def test_kept_graphs_are_few(host, built):
@@ -82,7 +82,7 @@ def test_failed_graph_leaves_cache_and_engine_usable(host, monkeypatch):
             patch.setattr(engine.Program, "run", fail)
             with pytest.raises(AllocError, match=r"^no memory$"):
                 session.eval([9])
-        assert session._cache.used_max == 5 and session.n_past == 5
+        assert session._cache.parts[0].used_max == 5 and session.n_past == 5
         np.testing.assert_array_equal(session.eval([9]), want)
 
 

@@ -8,7 +8,7 @@ from reference import Reference
 from tiny_models import random_ids
 
 import pyggml_adapt as pga
-from pyggml_adapt.errors import AllocError, ClosedError, ContextFullError, ParameterError
+from pyggml_adapt.errors import AllocError, ClosedError, ParameterError
 from pyggml_adapt.ggml import Type
 from pyggml_adapt.runtime.batch import UBatch, split
 from pyggml_adapt.runtime.kv_cache import KVCache
@@ -30,89 +30,10 @@ def hp_of(host):
         return session._model.hp
 
 
-def store(cache, pos, seq_id):
-    cells = cache.find_slot(len(pos))
-    cache.store(cells, np.array(pos, np.int32), np.array(seq_id, np.int64))
-    return cells.tolist()
-
-
-def test_cells_are_given_out_and_taken_back(hp):
-    cache = KVCache(hp, 20, n_seq_max=3)
-    assert (cache.n_ctx, cache.n_cells, cache.used_max) == (20, 256, 0)
-    assert store(cache, range(4), [0, 0, 0, 0]) == [0, 1, 2, 3]
-    assert store(cache, range(2), [2, 2]) == [4, 5]
-    cache.seq_rm(0, 1, 3)
-    assert cache.pos[:6].tolist() == [0, -1, -1, 3, 0, 1]
-    assert store(cache, [7, 8, 9], [1, 1, 1]) == [1, 2, 6]
-    assert cache.used_max == 7
-    cache.seq_rm(1)
-    cache.seq_rm(2)
-    assert cache.pos[:7].tolist() == [0, -1, -1, 3, -1, -1, -1]
-    assert cache.used_max == 4
-
-
-def test_n_kv_is_padded(hp):
-    cache = KVCache(hp, 600)
-    assert cache.n_cells == 768
-    for n, want in ((1, 256), (255, 256), (1, 512), (256, 768)):
-        cache.store(cache.find_slot(n), np.arange(n, dtype=np.int32), np.zeros(n, np.int64))
-        assert cache.n_kv == want
-    with pytest.raises(ContextFullError, match=r"^256 more tokens do not fit: 255 of 768 cells are free$"):
-        cache.find_slot(256)
-
-
-def test_mask(hp):
-    cache = KVCache(hp, 20, n_seq_max=2)
-    store(cache, [0, 1, 0, 2], [0, 0, 1, 0])
-    mask = cache.mask(np.array([1, 2, 5], np.int32), np.array([0, 0, 1], np.int64), 256)
-    assert mask.shape == (3, 256)
-    assert mask[:, :4].tolist() == [[True, True, False, False], [True, True, False, True], [False, False, True, False]]
-    assert not mask[:, 4:].any()
-
-
-@pytest.mark.parametrize(("steps", "seen"), [
-    ([[0, 1, 2]], [0, 1, 2]),
-    ([[0, 1, 2], [3], [4]], [0, 1, 2]),
-    ([[1, 0, 2]], [0, 1, 2]),
-    ([[0, 1], [3, 2]], [0, 1, 3]),
-    ([[5, 6, 1]], [2]),
-])  # fmt: skip
-def test_mask_of_one_token_of_one_sequence(hp, steps, seen):
-    cache = KVCache(hp, 20)
-    for pos in steps:
-        store(cache, pos, [0] * len(pos))
-    mask = cache.mask(np.array([2], np.int32), np.zeros(1, np.int64), 256)
-    assert (mask.shape, np.flatnonzero(mask).tolist()) == ((1, 256), seen)
-
-
-def test_mask_after_a_gap_and_after_it_was_filled(hp):
-    cache, pos, seq_id = KVCache(hp, 20), np.array([5], np.int32), np.zeros(1, np.int64)
-    store(cache, range(6), [0] * 6)
-    cache.seq_rm(0, 1, 3)
-    assert np.flatnonzero(cache.mask(pos, seq_id, 256)).tolist() == [0, 3, 4, 5]
-    assert store(cache, [7, 1], [0, 0]) == [1, 2]
-    assert np.flatnonzero(cache.mask(pos, seq_id, 256)).tolist() == [0, 2, 3, 4, 5]
-    cache.seq_rm(0)
-    assert store(cache, range(6), [0] * 6) == list(range(6))
-    assert np.flatnonzero(cache.mask(pos, seq_id, 256)).tolist() == list(range(6))
-
-
-def test_shared_cells(hp):
-    cache = KVCache(hp, 20, n_seq_max=64)
-    store(cache, [0, 1, 2], [0, 0, 0])
-    cache.seq_cp(0, 63, 0, 2)
-    mask = cache.mask(np.array([9, 9], np.int32), np.array([0, 63], np.int64), 3)
-    assert mask.tolist() == [[True, True, True], [True, True, False]]
-    cache.seq_rm(0)
-    assert cache.pos[:3].tolist() == [0, 1, -1]  # the copy still uses the first two
-    cache.seq_rm(63, 1)
-    assert cache.pos[:3].tolist() == [0, -1, -1]
-
-
 def test_nbytes(hp):
     cache = KVCache(hp, 300, type_k=Type.F16, type_v=Type.Q8_0)
     assert cache.nbytes == hp.n_layer * 512 * (hp.n_embd_k_gqa * 2 + hp.n_embd_v_gqa // 32 * 34)
-    assert cache.nbytes == sum(t.nbytes for t in (*cache.k_l, *cache.v_l))
+    assert cache.nbytes == sum(t.nbytes for t in (*cache.k_l.values(), *cache.v_l.values()))
 
 
 def test_close(hp):
@@ -203,11 +124,11 @@ def test_copy(hp, type_k, type_v, flash_attn):
     options = {"type_k": Type[type_k], "type_v": Type[type_v], "flash_attn": flash_attn}
     source, cache = KVCache(hp, 256, **options), KVCache(hp, 300, **options)
     rng = np.random.default_rng(0)
-    for tensor in (*source.k_l, *source.v_l):
+    for tensor in (*source.k_l.values(), *source.v_l.values()):
         tensor.set_data(rng.integers(1, 256, tensor.nbytes, dtype=np.uint8))
     n, (k, v) = 20, (Type[type_k].row_size(hp.n_embd_k_gqa), Type[type_v].row_size(hp.n_embd_v_gqa))
     assert cache.copy(source, n, 1) == n * (k + v)
-    assert (cache.used_max, hp.n_layer) == (0, 2)
+    assert (cache.n_kv, hp.n_layer) == ((0,), 2)
 
     def rows(cache, il):
         shape = (hp.n_embd_v_gqa, cache.n_cells, -1) if not flash_attn else (cache.n_cells, -1)

@@ -162,8 +162,8 @@ def test_threads_that_share_a_session_take_turns(tiny_gguf):
         assert together(lambda: use(5), lambda: use(7)) == [None, None]
         tokens = session.tokens
         assert len(tokens) == 200 and tokens[::2] == tokens[1::2]
-        assert session._cache.used_max == 200
-        assert session._cache.pos[:200].tolist() == list(range(200))
+        (cells,) = session._cache.parts
+        assert cells.used_max == 200 and cells.pos[:200].tolist() == list(range(200))
 
 
 def test_the_gil_is_free_while_ggml_computes(tiny_gguf):
