@@ -21,20 +21,40 @@ WORDS = ("▁", "e", "t", "a", "o", "he", "▁t", "▁the", "in", "▁a", "é", 
 
 EXPERTS = {"expert_count": 4, "expert_used_count": 2}
 SHARED = {**EXPERTS, "expert_feed_forward_length": 96, "expert_shared_count": 2}
+WINDOW = {"attention.sliding_window": 24}
 KEYS: Mapping[str, Mapping[str, object]] = {  # that an architecture must have, or without which it is another one
     "apertus": {"xielu.alpha_n": [0.5, 0.7] * 64, "xielu.alpha_p": 0.8, "xielu.beta": 0.5, "xielu.eps": -1e-6},
+    "cohere2": {**WINDOW, "logit_scale": 0.0625},
     "bailingmoe": {**SHARED, "expert_weights_norm": True},
+    "deci": {"attention.head_count": [4, 8] * 64, "attention.head_count_kv": [2, 8] * 64,
+             "feed_forward_length": [192, 96] * 64},
     "deepseek": {**SHARED, "leading_dense_block_count": 1},
     "dots1": {**SHARED, "leading_dense_block_count": 1, "expert_gating_func": 2, "attention.head_count_kv": 4},
     "ernie4_5-moe": {**EXPERTS, "expert_feed_forward_length": 96, "expert_shared_feed_forward_length": 64,
                      "interleave_moe_layer_step": 1, "leading_dense_block_count": 1},
+    "gemma2": WINDOW,
+    "gemma3": WINDOW,
+    "gpt-oss": {**EXPERTS, **WINDOW, "expert_feed_forward_length": 96},
+    "glm4moe": {**SHARED, "leading_dense_block_count": 1},
     "granite": {"logit_scale": 8.0, "residual_scale": 0.25, "embedding_scale": 12.0, "attention.scale": 0.015625},
     "granitemoe": {**EXPERTS, "logit_scale": 6.0, "residual_scale": 0.25, "embedding_scale": 12.0},
     "hunyuan-moe": {**EXPERTS, "expert_feed_forward_length": 192, "expert_shared_feed_forward_length": 96},
+    "llama4": {**EXPERTS, "expert_feed_forward_length": 96, "interleave_moe_layer_step": 2, "block_count": 4},
     "olmoe": {**EXPERTS, "attention.head_count_kv": 4},
+    "phimoe": EXPERTS,
     "qwen2moe": {**EXPERTS, "expert_feed_forward_length": 96, "expert_shared_feed_forward_length": 160},
     "qwen3moe": {**EXPERTS, "expert_feed_forward_length": 96},
 }  # fmt: skip
+
+
+def layer_sizes(*layers: tuple[int, int, int]) -> dict[str, object]:
+    """Return what of Tiny gives deci layers of so many heads, heads of K and V, and elements of ffn_up."""
+    keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    return {"n_layer": len(layers), "metadata": dict(zip(keys, map(list, zip(*layers, strict=True)), strict=True))}
+
+
+LINEAR, NO_ATTENTION, NOTHING = (4, 0, 160), (0, 0, 64), (0, 0, 0)  # layers without attention over tokens
+NEMOTRON = layer_sizes((4, 2, 192), (8, 8, 64), LINEAR, NO_ATTENTION, NOTHING, (4, 1, 96))
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ class Tiny:
 
     def type_of(self, spec: TensorSpec) -> Type:
         """Return the type of a tensor: vectors and routers are F32, as llama.cpp's quantiser leaves them."""
-        if len(spec.ne) == 1 or "ffn_gate_inp" in spec.name or "_norm." in spec.name:
+        if len(spec.ne) == 1 or re.search(r"ffn_gate_inp|_norm\.|\.bias$", spec.name):
             return Type.F32
         return Type[next((type for pattern, type in self.types.items() if re.search(pattern, spec.name)), self.type)]
 
@@ -116,7 +136,7 @@ class Tiny:
         digest = hashlib.sha256(f"{spec.name} {seed}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         values = rng.standard_normal(spec.ne[::-1], dtype=np.float32)
-        if spec.name.startswith("rope_freqs"):
+        if spec.name.startswith(("rope_freqs", "rope_factors")):
             return np.abs(values) + 0.5
         if "ffn_gate_inp_shexp" in spec.name:
             return values / np.float32(np.sqrt(spec.ne[0]))

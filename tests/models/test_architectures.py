@@ -27,35 +27,35 @@ def test_tensor_table(arch):
 
 
 @pytest.mark.parametrize(("names", "layer"), [
-    ((), 3),
-    (("output.weight",), 3),
-    (("output_norm.weight", "output.weight"), 3),
+    ((), 4),
+    (("output.weight",), 4),
+    (("output_norm.weight", "output.weight"), 4),
     (("output_norm.weight", "blk.2.ffn_down.weight"), 2),
     (("blk.2.attn_q.bias", "blk.1.attn_norm.weight"), 1),
     (("blk.0.attn_v.weight",), 0),
     (("token_embd.weight", "blk.2.attn_q.weight"), 0),
     (("rope_freqs.weight",), 0),
-    (("blk.3.attn_q.weight",), 0),  # there is no such layer: nothing is known of it
+    (("blk.4.attn_q.weight",), 0),  # there is no such layer: nothing is known of it
     (("outputs.weight",), 0),
     (("blk.x.weight",), 0),
 ])  # fmt: skip
 def test_first_layer(arch, names, layer):
-    tiny = Tiny(arch, n_layer=3)
+    tiny = Tiny(arch, n_layer=4)
     model = model_class(arch)(HParams.from_gguf(tiny.all_metadata(), 500))
     assert model.first_layer(names) == layer
 
 
 def test_fork(arch, tiny_gguf, split_models):
     """The architecture's graph can begin at each layer and at the head."""
-    models = {"base": tiny_gguf(arch, n_layer=3)}
-    models |= {str(il): tiny_gguf(arch, n_layer=3, changed={rf"^blk\.{il}\.": 1}) for il in (1, 2)}
-    models["head"] = tiny_gguf(arch, n_layer=3, changed={"^output": 1})
+    models = {"base": tiny_gguf(arch, n_layer=4)}
+    models |= {str(il): tiny_gguf(arch, n_layer=4, changed={rf"^blk\.{il}\.": 1}) for il in (1, 2)}
+    models["head"] = tiny_gguf(arch, n_layer=4, changed={"^output": 1})
     ids, tasks = random_ids(40), ("1", "2", "head")
     with pga.Host(*split_models(models), n_threads=1, type_k="F32", type_v="F32") as host:
         with host.session("base", n_ctx=256, forks=tasks) as session:
             session.eval(ids)
-            assert session.boundaries == (1, 2, 3)
-            for task, saved in zip(tasks, (1 / 3, 2 / 3, 1.0), strict=True):
+            assert session.boundaries == (1, 2, 4)
+            for task, saved in zip(tasks, (1 / 4, 2 / 4, 1.0), strict=True):
                 with session.fork(task) as forked, host.session(task, n_ctx=256) as fresh:
                     np.testing.assert_array_equal(forked.logits, fresh.eval(ids))
                     np.testing.assert_array_equal(forked.eval([5]), fresh.eval([5]))

@@ -7,7 +7,18 @@ import pytest
 from loras import write_lora
 from parity import assert_equal_to_llama_cpp, differences
 from reference import Reference
-from tiny_models import EXPERTS, SHARED, Tiny, random_ids
+from tiny_models import (
+    EXPERTS,
+    LINEAR,
+    NEMOTRON,
+    NO_ATTENTION,
+    NOTHING,
+    SHARED,
+    WINDOW,
+    Tiny,
+    layer_sizes,
+    random_ids,
+)
 
 import pyggml_adapt as pga
 from pyggml_adapt.models import architectures
@@ -25,6 +36,11 @@ PARTIAL = {"rope.dimension_count": 16}
 GRANITE = {"logit_scale": 8.0}
 SMALL = {"n_embd": 32, "n_ff": 32, "n_head": 2, "n_head_kv": 1}
 HEAD_64 = {"head_dim": 64}
+LONGROPE = {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": 1.19}
+SHORT = {**LONGROPE, "rope.scaling.original_context_length": 512}  # the long factors are for n_ctx above it
+LONG = {**LONGROPE, "rope.scaling.original_context_length": 256}
+MXFP4 = {"_exps.weight": "MXFP4"}
+NEXTN = {"n_layer": 4, "optional": r"^output\.|_norm|attn_[qkv]\.bias|^blk\.3"}
 VARIANTS = [
     ("qwen2", {"metadata": YARN}),
     ("qwen2", {"n_head": 6, "n_head_kv": 3, "n_embd": 96}),
@@ -49,6 +65,8 @@ VARIANTS = [
     ("smollm3", {"n_layer": 4, "optional": "attn_qkv", "metadata": YARN}),
     ("olmo2", {"n_head_kv": 4, "metadata": YARN}),
     ("olmo2", {"metadata": {"attention.sliding_window": 0}}),
+    ("olmo2", {"n_layer": 5, "metadata": {**YARN, **WINDOW, "rope.freq_base_swa": 500.0}}),
+    ("olmo2", {"n_layer": 2, "metadata": {**YARN, **WINDOW, "attention.sliding_window_pattern": [False, True]}}),
     ("olmoe", {"metadata": {"expert_count": 16, "expert_used_count": 8}}),
     ("olmo", {"metadata": {"attention.clamp_kqv": 0.25}}),
     ("olmo", {"optional": "attn_qkv", "metadata": {"attention.clamp_kqv": 0.25, "attention.layer_norm_epsilon": 0.1}}),
@@ -60,6 +78,8 @@ VARIANTS = [
     ("mistral3", {"metadata": {**YARN, "rope.scaling.factor": 0.5, "rope.scaling.yarn_log_multiplier": 1.0}}),
     ("mistral3", {"metadata": {"rope.scaling.yarn_beta_fast": 4.0, "attention.temperature_scale": 0.0}}),
     ("mistral3", {"metadata": EXPERTS, **HEAD_64}),
+    ("mistral3", {"metadata": {**YARN, "attention.temperature_scale": 0.3}}),
+    ("mistral3", {"n_ctx_train": 50, "metadata": {"attention.temperature_scale": -0.1}}),
     ("ernie4_5", HEAD_64),
     ("ernie4_5-moe", {"metadata": {"expert_shared_feed_forward_length": None, "leading_dense_block_count": None}}),
     ("ernie4_5-moe", {"optional": "exp_probs_b", "n_layer": 3}),
@@ -78,6 +98,28 @@ VARIANTS = [
     ("gemma", {**HEAD_64, "n_head_kv": 1}),
     ("gemma", {"metadata": PARTIAL}),
     ("baichuan", {**SMALL, "n_layer": 32}),
+    ("baichuan", {**SMALL, "n_layer": 40}),
+    ("baichuan", {**SMALL, "n_layer": 40, "n_head": 3, "n_head_kv": 3, "n_embd": 48, "optional": "attn_qkv"}),
+    ("gemma2", {"n_layer": 5, "metadata": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}}),
+    ("gemma2", {"n_layer": 3, "metadata": {"attention.sliding_window": None, "rope.freq_base_swa": 500.0}}),
+    ("gemma2", {"n_layer": 3, "metadata": {"attention.sliding_window_pattern": [False, True, True]}}),
+    ("gemma2", {**HEAD_64, "metadata": {"attention.sliding_window_pattern": 0, "rope.freq_base_swa": 500.0}}),
+    ("gemma2", {**SMALL, "n_layer": 46, "head_dim": 32}),
+    ("gemma2", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
+    ("cohere2", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
+    ("olmo2", {"metadata": {**WINDOW, "rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
+    ("gemma3", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
+    ("gemma3", {"n_layer": 7, "metadata": {"rope.freq_base": 1e6, "rope.freq_base_swa": 500.0}}),
+    ("gemma3", {"n_layer": 3, "metadata": {**YARN, "attention.sliding_window_pattern": 2}}),
+    ("gemma3", {"metadata": {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "rope.freq_base": 1e6}}),
+    ("gemma3", {"metadata": {"attention.sliding_window": 0, "final_logit_softcapping": 3.0, "rope.freq_base": 1e6}}),
+    ("gemma3", {**SMALL, "n_layer": 62, "head_dim": 32, "optional": "^$", "metadata": {"rope.freq_base": 1e6}}),
+    ("cohere2", {"n_layer": 5, "metadata": {"rope.freq_base_swa": 500.0, "logit_scale": 0.0}}),
+    ("cohere2", {"n_layer": 3, "metadata": {"attention.sliding_window_pattern": [True, False, True], **PARTIAL}}),
+    ("exaone4", {"optional": r"rope_freqs", "metadata": {"attention.sliding_window": 24}}),
+    ("exaone4", {**SMALL, "n_layer": 64, "metadata": {**WINDOW, "rope.freq_base_swa": 500.0}}),
+    ("exaone4", {**SMALL, "n_layer": 64, "optional": "^rope", "metadata": {"attention.sliding_window_pattern": 3}}),
+    ("exaone4", {"n_layer": 3, "optional": r"^output|^blk\.2\.(?!attn_qkv)", "metadata": {"nextn_predict_layers": 1}}),
     ("orion", {"n_head_kv": 4}),
     ("nemotron", {"metadata": PARTIAL}),
     ("exaone", {"metadata": {"rope.freq_base": 50000.0}, "optional": "rope_freqs"}),
@@ -89,6 +131,44 @@ VARIANTS = [
     ("bailingmoe", {"metadata": {**SHARED, "expert_weights_norm": None, "expert_weights_scale": 0.5}}),
     ("deepseek", {"metadata": {"leading_dense_block_count": 0, "expert_weights_scale": 16.0}}),
     ("deepseek", {"n_layer": 3, "metadata": {"leading_dense_block_count": 2, "expert_shared_count": 1}}),
+    ("phi3", {"optional": "rope_factors", "metadata": SHORT}),
+    ("phi3", {"optional": "rope_factors", "metadata": LONG}),
+    ("phi3", {"optional": "rope_factors", "metadata": {**LONG, **PARTIAL, "rope.scaling.factor": 4.0}}),
+    ("phi3", {"optional": "rope_factors_long|attn_qkv", "metadata": {**SHORT, "attention.sliding_window": 16}}),
+    ("phi3", {"optional": "rope_factors_short|attn_qkv", "metadata": {**SHORT, **PARTIAL}}),
+    ("phi3", {"optional": "rope_factors", "metadata": {**YARN, "rope.scaling.attn_factor": 1.19}}),
+    ("phimoe", {"optional": "rope_factors", "metadata": {**SHORT, "expert_used_count": 1}}),
+    ("phimoe", {"optional": "rope_factors", "metadata": {**LONG, **PARTIAL, "expert_count": 16}}),
+    ("phimoe", {"optional": "attn_qkv", "metadata": {**YARN, "attention.sliding_window": 16}}),
+    ("glm4moe", {"optional": "attn_q_norm|bias", "metadata": {"leading_dense_block_count": None, **PARTIAL}}),
+    ("glm4moe", {"optional": "attn_k_norm|attn_qkv", "metadata": {"expert_gating_func": 1, "expert_shared_count": 1}}),
+    ("glm4moe", {"metadata": {"expert_gating_func": 0, "expert_weights_norm": True, "expert_weights_scale": 2.5}}),
+    ("glm4moe", {**HEAD_64, "n_layer": 3, "metadata": {"expert_gating_func": 2, "expert_weights_scale": 1.0, **YARN}}),
+    ("glm4moe", {**NEXTN, "metadata": {"nextn_predict_layers": 1, "expert_weights_norm": True}}),
+    ("glm4moe", {**NEXTN, "optional": "^output", "metadata": {"nextn_predict_layers": 2}}),
+    ("deci", NEMOTRON),
+    ("deci", {**NEMOTRON, "type": "Q8_0", "optional": r"rope_freqs|\.bias"}),
+    ("deci", {**NEMOTRON, "optional": "attn_qkv"}),
+    ("deci", layer_sizes(LINEAR, (4, 4, 96), (6, 2, 32), LINEAR)),
+    ("deci", layer_sizes((4, 2, 192), NOTHING, NOTHING, NO_ATTENTION)),
+    ("deci", {"metadata": {"attention.head_count": 4, "attention.head_count_kv": 2, "feed_forward_length": 96}}),
+    ("deci", {**HEAD_64, "metadata": {"attention.head_count": 4, "attention.head_count_kv": None}}),
+    ("deci", {"optional": "rope_factors", "metadata": SHORT}),
+    ("deci", {"optional": "rope_factors", "metadata": LONG}),
+    ("gpt-oss", {"types": MXFP4, "metadata": YARN}),
+    ("gpt-oss", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
+    ("gpt-oss", {"types": MXFP4, "type": "Q8_0", "n_layer": 5, "metadata": {"rope.freq_base_swa": 500.0}}),
+    ("gpt-oss", {**HEAD_64, "n_layer": 4, "metadata": {**YARN, "attention.sliding_window_pattern": 3}}),
+    ("gpt-oss", {"n_layer": 3, "metadata": {"attention.sliding_window_pattern": [False, True, True]}}),
+    ("gpt-oss", {"types": MXFP4, "metadata": {"expert_count": 32, "expert_used_count": 4}}),
+    ("gpt-oss", {"optional": "attn_qkv", "metadata": {"expert_used_count": 1, "expert_weights_scale": 2.0}}),
+    ("llama4", {"metadata": {"interleave_moe_layer_step": 1, "expert_used_count": 1}}),
+    ("llama4", {"optional": "rope_freqs", "metadata": {"interleave_moe_layer_step": 0, "block_count": 9}}),
+    ("llama4", {"optional": "attn_.*bias", "metadata": {"interleave_moe_layer_step": 3, "block_count": 7}}),
+    ("llama4", {**SMALL, "metadata": {"expert_count": 128, "expert_used_count": 1}}),
+    ("llama4", {**HEAD_64, "metadata": {**YARN, "rope.freq_base_swa": 500.0, "attention.sliding_window": 16}}),
+    ("llama4", {"metadata": {"attention.sliding_window_pattern": 2, "rope.freq_base_swa": 500.0}}),
+    ("llama4", {"n_layer": 4, "metadata": {"attention.sliding_window_pattern": [False, True, False, True]}}),
     ("apertus", {"metadata": {"xielu.alpha_n": 0.1, "xielu.alpha_p": [0.2, 0.9], "xielu.beta": [0.5, -0.5]}}),
 ]
 

@@ -1,7 +1,7 @@
 """Hugging Face's parameter names: where each is in a GGUF file."""
 
 import pytest
-from tiny_models import Tiny
+from tiny_models import NEMOTRON, Tiny
 
 from pyggml_adapt.models import HParams, model_class
 from pyggml_adapt.models.hf import hf_target
@@ -103,11 +103,46 @@ def test_experts(parameter, expected):
     ("hunyuan-moe", "mlp.shared_mlp.gate_proj.weight", Target("blk.0.ffn_gate_shexp.weight")),
     ("hunyuan-dense", "self_attn.key_layernorm.weight", Target("blk.0.attn_k_norm.weight")),
     ("bailingmoe", "attention.query_key_value.weight", None),
+    ("gpt-oss", "post_attention_layernorm.weight", Target("blk.0.post_attention_norm.weight")),
+    ("gpt-oss", "self_attn.o_proj.bias", Target("blk.0.attn_output.bias")),
+    ("gpt-oss", "mlp.router.weight", Target("blk.0.ffn_gate_inp.weight")),
+    ("gpt-oss", "mlp.experts.gate_up_proj.weight", None),
+    ("llama4", "self_attn.q_proj.weight", Target("blk.0.attn_q.weight")),
+    ("llama4", "feed_forward.gate_proj.weight", Target("blk.0.ffn_gate.weight")),
+    ("llama4", "feed_forward.router.weight", None),  # layer 0 is dense
+    ("phi3", "self_attn.qkv_proj.weight", Target("blk.0.attn_qkv.weight")),
+    ("phi3", "mlp.gate_up_proj.weight", Target("blk.0.ffn_up.weight")),
+    ("phimoe", "block_sparse_moe.experts.1.w2.weight", Target("blk.0.ffn_down_exps.weight", 0, 1, 4)),
+    ("phimoe", "post_attention_layernorm.bias", Target("blk.0.ffn_norm.bias")),
+    ("glm4moe", "self_attn.q_proj.bias", Target("blk.0.attn_q.bias")),
+    ("glm4moe", "post_attention_layernorm.weight", Target("blk.0.post_attention_norm.weight")),
+    ("glm4moe", "mlp.gate_proj.weight", Target("blk.0.ffn_gate.weight")),
+    ("glm4moe", "mlp.gate.weight", None),  # layer 0 is dense
+    ("exaone4", "post_attention_layernorm.weight", Target("blk.0.post_attention_norm.weight")),
+    ("gemma2", "post_attention_layernorm.weight", None),
+    ("gemma3", "self_attn.q_norm.weight", None),
+    ("deci", "self_attn.k_proj.weight", Target("blk.0.attn_k.weight", 2)),
     ("apertus", "feedforward_layernorm.weight", Target("blk.0.ffn_norm.weight")),
 ])  # fmt: skip
 def test_other_architectures(arch, parameter, expected):
     model = model_class(arch)(HParams.from_gguf(Tiny(arch).all_metadata(), 500))
     assert hf_target(model)(f"model.layers.0.{parameter}") == expected
+
+
+@pytest.mark.parametrize(("parameter", "expected"), [
+    ("0.self_attn.q_proj.weight", Target("blk.0.attn_q.weight", 4)),
+    ("1.self_attn.q_proj.weight", Target("blk.1.attn_q.weight", 8)),
+    ("5.self_attn.k_proj.bias", Target("blk.5.attn_k.bias", 1)),
+    ("2.self_attn.linear_attn.weight", Target("blk.2.attn_output.weight")),
+    ("2.self_attn.q_proj.weight", None),
+    ("3.mlp.up_proj.weight", Target("blk.3.ffn_up.weight")),
+    ("3.self_attn.o_proj.weight", None),
+    ("4.mlp.up_proj.weight", None),
+    ("6.mlp.up_proj.weight", None),
+])  # fmt: skip
+def test_layers_that_differ(parameter, expected):
+    model = model_class("deci")(HParams.from_gguf(Tiny("deci", **NEMOTRON).all_metadata(), 500))
+    assert hf_target(model)(f"model.layers.{parameter}") == expected
 
 
 def test_norms_whose_weights_the_converter_shifts():

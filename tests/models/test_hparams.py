@@ -83,7 +83,7 @@ def test_numbers_that_cannot_be(key, value):
     ({"expert_used_count": 2}, "llama.expert_used_count = 2 does not fit expert_count = 0"),
     ({"expert_count": -1}, "llama.expert_count = -1 is not from 0 to 512"),
     ({"rope__freq_base": 0.0}, "llama.rope.freq_base = 0.0 is not positive"),
-    ({"rope__scaling__type": "longrope"}, "llama.rope.scaling.type = 'longrope' is not implemented; implemented "),
+    ({"rope__scaling__type": "su"}, "llama.rope.scaling.type = 'su' is not implemented; implemented "),
     ({"rope__scaling__type": 3}, "llama.rope.scaling.type = 3 is not implemented"),
 ])  # fmt: skip
 def test_combinations_that_cannot_be(changes, message):
