@@ -119,7 +119,8 @@ class TaskWeights:
         if target == EMBEDDING:
             fits = (a.ne[1], b.ne[1], 1) == (ne[1], ne[0], a.ne[2])
         else:
-            fits = (a.ne[0], b.ne[1], a.ne[2]) == ne[:3] and ne[1] > 1 and "_norm." not in target
+            is_matrix = ne[1] > 1 and "_norm." not in target and not target.endswith(".bias")
+            fits = is_matrix and (a.ne[0], b.ne[1], a.ne[2]) == ne[:3]
         if not fits:
             shapes = f"{list(a.ne[:3])} and {list(b.ne[:3])}"
             raise mismatch(who, self.foundation.path, f"its pair on {target!r}, {shapes}, does not fit {list(ne[:3])}")
