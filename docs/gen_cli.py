@@ -35,16 +35,22 @@ NOTES = """
 
 - an output head of its own or tied to `token_embd`, and optional biases, where llama.cpp has these too; Q, K and V in
   three weights or in one
-- grouped-query attention; RoPE with linear and YaRN scaling; `rope_freqs` where llama.cpp reads them
-- weights of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL and IQ4_XS, in any mixture
+- grouped-query attention; RoPE with linear and YaRN scaling; `rope_freqs` and LongRoPE's factors where llama.cpp reads
+  them
+- sliding windows, of which the KV cache keeps no more than it needs
+- weights of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4, in any mixture
 - logits equal to llama.cpp's of the same commit bit for bit, on the CPU, with flash attention and without
 - adaptors of whole tensors and of low-rank pairs
 - tokenizers: SentencePiece (`tokenizer.ggml.model` = `llama`) and byte-level BPE (`gpt2`) with the pre-tokenizer
   `llama-bpe`; with another one a model runs on token ids
 
-A model that needs more is refused with the name of the key or tensor: sizes that differ from layer to layer, sliding
-windows, ALiBi (Baichuan 13B), LongRoPE, groups of experts, layers that predict more than the next token, and attention
-scaled by position (Ministral 3).
+Two choices of llama.cpp's are kept, since results are compared with it: `phi3` attends to all tokens though its files
+name a sliding window, and layers that predict further tokens (`nextn`, in `glm4moe` and `exaone4`) are kept in the
+files but not computed.
+
+A model that needs more is refused with the name of the key or tensor: sizes that differ from layer to layer in other
+architectures than `deci`, groups of experts, positions in sections (multimodal GLM 4 and Hunyuan), deep stacks
+(Granite), experts in every n-th layer only (ERNIE 4.5), and `llama4` without chunks.
 """
 
 
