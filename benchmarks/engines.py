@@ -89,9 +89,11 @@ class Llama:
     def start(self) -> Llama:
         """Make the context."""
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = self._n_ctx, N_UBATCH, N_UBATCH
+        params.n_ctx = params.n_batch = self._n_ctx
+        params.n_ubatch = N_UBATCH
         params.n_threads = params.n_threads_batch = N_THREADS
         params.flash_attn_type = FLASH_ATTN_ON
+        params.swa_full = False  # layers with a window keep no more than it needs
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
             raise RuntimeError("llama.cpp makes no context")
@@ -115,3 +117,6 @@ class Llama:
         if self.ctx:
             llama_cpp.llama_free(self.ctx)
         llama_cpp.llama_model_free(self.model)
+
+
+Engine = Ours | Llama

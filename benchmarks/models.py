@@ -5,11 +5,12 @@ Files are made once and kept in a folder; a second run finds them.
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,11 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of one model, in the names of GGUF's keys."""
+    """The size of one model, in the names of GGUF's keys.
+
+    head_dim: None for n_embd / n_head.  optional: the names' ends of the optional tensors that it has.  more: keys that
+    not every architecture has, without its prefix.
+    """
 
     name: str
     n_embd: int
@@ -37,6 +42,10 @@ class Shape:
     n_ff: int
     n_vocab: int = 32000
     n_ctx: int = 2048
+    arch: str = "llama"
+    head_dim: int | None = None
+    optional: tuple[str, ...] = ("output.weight",)
+    more: Mapping[str, int | float] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, tuple[object, str]]:
         """Return the keys of the architecture, each with its value and GGUF type."""
@@ -47,20 +56,22 @@ class Shape:
             "attention.head_count": self.n_head,
             "attention.head_count_kv": self.n_head_kv,
             "context_length": self.n_ctx,
-            "rope.dimension_count": self.n_embd // self.n_head,
+            "rope.dimension_count": self.head_dim or self.n_embd // self.n_head,
         }
+        if self.head_dim:
+            counts |= {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
         keys: dict[str, tuple[object, str]] = {
-            "general.architecture": ("llama", "str"),
+            "general.architecture": (self.arch, "str"),
             "general.name": (self.name, "str"),
         }
-        keys |= {f"llama.{key}": (value, "u32") for key, value in counts.items()}
-        keys["llama.attention.layer_norm_rms_epsilon"] = (1e-5, "f32")
-        return keys
+        numbers = {**counts, "attention.layer_norm_rms_epsilon": 1e-5, **self.more}
+        types = {int: "u32", float: "f32"}
+        return keys | {f"{self.arch}.{key}": (value, types[type(value)]) for key, value in numbers.items()}
 
     def model(self) -> Model:
         """Return the model whose table of tensors is written."""
         metadata = {key: value for key, (value, _) in self.metadata().items()}
-        return model_class("llama")(HParams.from_gguf(metadata, self.n_vocab))
+        return model_class(self.arch)(HParams.from_gguf(metadata, self.n_vocab))
 
 
 SMALL = Shape("0.1B", n_embd=768, n_layer=12, n_head=12, n_head_kv=4, n_ff=2048)
@@ -69,11 +80,31 @@ THIN = Shape("thin", n_embd=64, n_layer=22, n_head=2, n_head_kv=1, n_ff=64, n_vo
 SHAPES = {shape.name: shape for shape in (SMALL, LARGE, THIN)}
 TYPES = ("Q4_K_M", "Q8_0", "F16")
 
+# Four architectures with about 0.1 B parameters, which qwen3moe uses for a token: it has 0.3 B.  Their ways are those
+# of the published models: heads wider than n_embd / n_head, five layers with a window before one without, fused
+# matrices, rope factors, a head that is tied to the embedding.  llama.cpp wants special tokens of a model whose name
+# has phi3 or phi-3 in it.
+_QWEN3 = Shape("qwen3", n_embd=768, n_layer=12, n_head=12, n_head_kv=4, n_ff=2048, arch="qwen3", head_dim=128,
+               optional=(), more={"rope.freq_base": 1e6})  # fmt: skip
+ARCHITECTURES = (
+    _QWEN3,
+    replace(_QWEN3, name="gemma3", arch="gemma3", n_head=4, n_head_kv=1, head_dim=256,
+            more={"rope.freq_base": 1e6, "attention.sliding_window": 512}),
+    replace(_QWEN3, name="phi_3", arch="phi3", n_head=8, n_head_kv=8, head_dim=None, n_ctx=131072,
+            optional=("output.weight", "attn_qkv.weight", "rope_factors_long.weight", "rope_factors_short.weight"),
+            more={"rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": 1.19}),
+    replace(_QWEN3, name="qwen3moe", arch="qwen3moe",
+            more={"rope.freq_base": 1e6, "expert_count": 32, "expert_used_count": 8,
+                  "expert_feed_forward_length": 256}),
+)  # fmt: skip
+
 
 def weights(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and ne of every tensor of a model without biases, with its own output head."""
-    for spec in shape.model().all_tensors():
-        if spec.required or spec.name == "output.weight":
+    """Yield name and ne of every tensor that the model has."""
+    specs = [s for s in shape.model().all_tensors() if s.required or s.name.endswith(shape.optional)]
+    names = {spec.name for spec in specs}
+    for spec in specs:
+        if spec.unless not in names:
             yield spec.name, spec.ne
 
 
@@ -82,13 +113,16 @@ def tensor_type(name: str, ne: tuple[int, ...], shape: Shape, mixture: str) -> T
 
     Source: llama.cpp src/llama-quant.cpp (llama_tensor_get_type_impl)
     """
-    if len(ne) == 1:
+    if len(ne) == 1 or name.endswith("ffn_gate_inp.weight"):
         return Type.F32
     if mixture != "Q4_K_M":
         return Type[mixture]
-    if name == "output.weight":
+    head = "output.weight" if "output.weight" in shape.optional else "token_embd.weight"  # tied to it
+    if name == head:
         return Type.Q6_K
-    if name.endswith(("attn_v.weight", "ffn_down.weight")):
+    if name.endswith("attn_qkv.weight"):
+        return Type.Q5_K
+    if name.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
         il, n = int(name.split(".")[1]), shape.n_layer
         if il < n // 8 or il >= 7 * n // 8 or (il - n // 8) % 3 == 2:
             return Type.Q6_K
@@ -140,11 +174,11 @@ def _random_tensor(
 ) -> Iterator[np.ndarray]:
     """Yield the bytes of a tensor in blocks; they depend on task, name and ne only."""
     if len(ne) == 1:
-        yield np.ones(ne, dtype=np.float32)
+        yield np.linspace(1, 2 if name.startswith("rope_factors") else 1, *ne, dtype=np.float32)
         return
-    seed = zlib.crc32(f"{task}/{name}".encode())
-    starts = range(0, ne[1], ROWS)
-    yield from pool.map(lambda start: _random_rows((seed, start), min(ROWS, ne[1] - start), ne[0], type), starts)
+    seed, n_rows = zlib.crc32(f"{task}/{name}".encode()), math.prod(ne[1:])
+    starts = range(0, n_rows, ROWS)
+    yield from pool.map(lambda start: _random_rows((seed, start), min(ROWS, n_rows - start), ne[0], type), starts)
 
 
 def write_model(

@@ -16,7 +16,7 @@ from typing import Any
 import machine
 import report
 from loras import write_lora
-from models import LARGE, SHAPES, SMALL, THIN, TYPES, Shape, Store
+from models import ARCHITECTURES, LARGE, SHAPES, SMALL, THIN, TYPES, Shape, Store
 from soak import make_adaptors
 
 import pyggml_adapt as pga
@@ -50,6 +50,17 @@ def measure_speed(store: Store, shapes: list[Shape], types: list[str], quick: bo
         for type in types:
             case = f"{shape.name} {type}"
             found[case] = measure("speed", label=case, path=str(store.model(shape, type)), rounds=rounds)
+    return found
+
+
+def measure_architectures(store: Store, quick: bool) -> dict[str, Any]:
+    """Return tokens/s by architecture and type, of several processes each, which differ by some per cent."""
+    found = {}
+    for shape in ARCHITECTURES:
+        for type in ("Q4_K_M", "Q8_0"):
+            case = f"{shape.name} {type}"
+            arguments = {"path": str(store.model(shape, type)), "rounds": 6 if quick else 15}
+            found[case] = [measure("architecture", label=case, **arguments) for _ in range(3 if quick else 5)]
     return found
 
 
@@ -148,6 +159,7 @@ def measure_all(store: Store, shapes: list[Shape], args: argparse.Namespace) -> 
     """Yield the results, part by part."""
     yield {"machine": machine.describe()}
     yield {"speed": measure_speed(store, shapes, args.types, args.quick)}
+    yield {"architectures": measure_architectures(store, args.quick)}
     yield measure_switching(store, shapes[-1], args.quick)
     yield {"memory": measure_memory(store, shapes[-1])}
     for shape in shapes:

@@ -9,22 +9,23 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from engines import DEFAULT, MMAP, Llama, Ours
+from engines import DEFAULT, MMAP, Engine, Llama, Ours
 
 from pyggml_adapt.ggml import Backend, CGraph, Context
 
 N_PROMPT, N_DECODE, N_PREFILL = 128, 64, 512
-Engine = Ours | Llama
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _tokens(engine_vocab: int, n: int) -> list[int]:
-    return np.random.default_rng(1).integers(259, engine_vocab, n).tolist()
+def tokens(n_vocab: int, n: int) -> list[int]:
+    """Return n random token ids that are not special."""
+    return np.random.default_rng(1).integers(259, n_vocab, n).tolist()
 
 
 def _decode(engine: Engine, ids: list[int], n_decode: int) -> float:
@@ -32,19 +33,19 @@ def _decode(engine: Engine, ids: list[int], n_decode: int) -> float:
     engine.reset()
     engine.eval(ids[:N_PROMPT])
     rest = ids[N_PROMPT : N_PROMPT + n_decode]
-    return len(rest) / _seconds(lambda: [engine.eval([token]) for token in rest])
+    return len(rest) / seconds(lambda: [engine.eval([token]) for token in rest])
 
 
-def _prefill(engine: Engine, ids: list[int]) -> float:
+def prefill(engine: Engine, ids: list[int]) -> float:
     """Return tokens/s of one prompt."""
     engine.reset()
-    return len(ids) / _seconds(lambda: engine.eval(ids))
+    return len(ids) / seconds(lambda: engine.eval(ids))
 
 
 def speed(path: str, rounds: int, n_decode: int = N_DECODE) -> dict[str, Any]:
     """Return decode and prefill tokens/s of each round by engine; they take turns, in another order each round."""
     engines: list[Engine] = [Ours(path), Llama(path, options=MMAP).start(), Llama(path, options=DEFAULT).start()]
-    ids = _tokens(engines[0].session.n_vocab, N_PREFILL)
+    ids = tokens(engines[0].session.n_vocab, N_PREFILL)
     found: dict[str, Any] = {"decode": {e.name: [] for e in engines}, "prefill": {e.name: [] for e in engines}}
     logits = []
     for engine in engines:  # warm up, and show that all do the same work
@@ -59,7 +60,7 @@ def speed(path: str, rounds: int, n_decode: int = N_DECODE) -> dict[str, Any]:
         for engine in engines[i % 3 :] + engines[: i % 3]:
             found["decode"][engine.name].append(_decode(engine, ids, n_decode))
         for engine in engines[i % 3 :] + engines[: i % 3]:
-            found["prefill"][engine.name].append(_prefill(engine, ids))
+            found["prefill"][engine.name].append(prefill(engine, ids))
     for engine in engines:
         engine.close()
     return found
@@ -84,7 +85,7 @@ def _compute_call_us() -> float:
     ctx = Context(Context.size_for(16, 16))
     with Backend(n_threads=1) as backend:
         graph = CGraph(ctx, 16)
-        return statistics.median(_seconds(lambda: graph.compute(backend)) for _ in range(2000)) * 1e6
+        return statistics.median(seconds(lambda: graph.compute(backend)) for _ in range(2000)) * 1e6
 
 
 def overhead(path: str, n_tokens: int) -> dict[str, float]:
@@ -93,7 +94,7 @@ def overhead(path: str, n_tokens: int) -> dict[str, float]:
     Inside is the time of our compute(), less that of computing a graph without nodes.
     """
     ours, llama = Ours(path), Llama(path).start()
-    ids = _tokens(ours.session.n_vocab, 8 + 100)
+    ids = tokens(ours.session.n_vocab, 8 + 100)
     for engine in (ours, llama):
         engine.eval(ids)
         engine.eval(ids[:1])
@@ -104,7 +105,7 @@ def overhead(path: str, n_tokens: int) -> dict[str, float]:
         for engine, times in ((ours, whole), (llama, other)) if i % 2 else ((llama, other), (ours, whole)):
             engine.reset()
             engine.eval(ids[:8])
-            times += [_seconds(partial(engine.eval, [token])) for token in ids[8:]]
+            times += [seconds(partial(engine.eval, [token])) for token in ids[8:]]
     call = _compute_call_us()
     outside = statistics.median(w - t for w, t in zip(whole, timed.seconds, strict=True)) * 1e6 + call
     result = {

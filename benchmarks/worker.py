@@ -8,6 +8,7 @@ import sys
 
 MODULES = {
     "speed": "speed",
+    "architecture": "architectures",
     "overhead": "speed",
     "swap": "switching",
     "reload": "switching",
