@@ -4,6 +4,7 @@ from pyggml_adapt import errors, ggml
 from pyggml_adapt.errors import AdaptorError, Error
 from pyggml_adapt.info import build_info
 from pyggml_adapt.runtime.host import Host, Swap
+from pyggml_adapt.runtime.perplexity import Perplexity, perplexity
 from pyggml_adapt.runtime.sampling import SamplerParams
 from pyggml_adapt.runtime.session import Session
 from pyggml_adapt.tools import bake, inspect, link, merge, split, verify
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptorError",
     "Error",
     "Host",
+    "Perplexity",
     "SamplerParams",
     "Session",
     "Swap",
@@ -24,6 +26,7 @@ __all__ = [
     "inspect",
     "link",
     "merge",
+    "perplexity",
     "split",
     "verify",
 ]

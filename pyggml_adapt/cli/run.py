@@ -129,7 +129,14 @@ def read_prompt(args: argparse.Namespace) -> str:
         return args.prompt
     if args.file is None and sys.stdin.isatty():
         raise ParameterError("there is no prompt: use -p TEXT or -f FILE")
-    name = args.file or "-"
+    return read_text(args.file or "-", "the prompt")
+
+
+def read_text(name: str, what: str) -> str:
+    """Return the text of a file, or for `-` of standard input.
+
+    Raises: FileAccessError; ParameterError if it is not UTF-8, naming `what` it should be.
+    """
     try:
         if name == "-":
             data = sys.stdin.buffer.read()
@@ -140,4 +147,4 @@ def read_prompt(args: argparse.Namespace) -> str:
     except OSError as error:
         raise FileAccessError.of(name, error) from error
     except UnicodeDecodeError as error:
-        raise ParameterError(f"{name}: the prompt is not UTF-8 at byte {error.start}") from error
+        raise ParameterError(f"{name}: {what} is not UTF-8 at byte {error.start}") from error

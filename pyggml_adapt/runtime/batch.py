@@ -139,20 +139,16 @@ def as_tokens(ids: Sequence[int] | np.ndarray, n_vocab: int) -> list[int]:
 
 
 def split(
-    tokens: np.ndarray, n_past: int, n_batch: int, n_ubatch: int, *, all_logits: bool
+    tokens: np.ndarray, n_past: int, n_batch: int, n_ubatch: int, n_logits: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Yield (tokens, pos, out_ids) in pieces: batches of n_batch, each in pieces of n_ubatch, as llama.cpp's.
 
-    Only the last token has an output unless all_logits.
+    The last n_logits tokens have outputs.
     """
-    n_tokens = len(tokens)
+    n_tokens, first = len(tokens), len(tokens) - n_logits
     for batch in range(0, n_tokens, n_batch):
         batch_end = min(batch + n_batch, n_tokens)
         for start in range(batch, batch_end, n_ubatch):
             end = min(start + n_ubatch, batch_end)
             pos = np.arange(n_past + start, n_past + end, dtype=np.int32)
-            if all_logits:
-                out_ids = np.arange(end - start, dtype=np.int32)
-            else:
-                out_ids = np.array([end - start - 1] if end == n_tokens else [], dtype=np.int32)
-            yield tokens[start:end], pos, out_ids
+            yield tokens[start:end], pos, np.arange(max(first - start, 0), end - start, dtype=np.int32)

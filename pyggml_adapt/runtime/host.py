@@ -373,16 +373,17 @@ class Host:
         """
         if not isinstance(text, str):
             raise TokenizerError(f"only text can be tokenized, not {type(text).__name__}")
-        return self._tokenizer(task).encode(text, add_special=add_special, parse_special=parse_special)
+        return self.tokenizer(task).encode(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(self, ids: Sequence[int], *, task: str | None = None) -> str:
         """Return the text of token ids.
 
         Raises: TokenizerError, TokenError.
         """
-        return self._tokenizer(task).decode(ids)
+        return self.tokenizer(task).decode(ids)
 
-    def _tokenizer(self, task: str | None) -> Tokenizer:
+    def tokenizer(self, task: str | None = None) -> Tokenizer:
+        """Return a task's tokenizer.  Raises: TokenizerError if there is none that is supported."""
         with self._lock:
             name = self._name(task)
             return self._tokenizer_of(self._tasks[name], lambda: self._peek(name))

@@ -18,6 +18,7 @@ from pyggml_adapt.runtime.batch import Step, UBatch, as_tokens, split
 from pyggml_adapt.runtime.engine import Engine
 from pyggml_adapt.runtime.fork import Boundaries, ForkReport, choose, first_difference
 from pyggml_adapt.runtime.kv_cache import KVCache
+from pyggml_adapt.runtime.parameters import count
 from pyggml_adapt.runtime.sampling import SamplerParams, sample
 from pyggml_adapt.weights.task import TaskWeights
 
@@ -121,10 +122,19 @@ class Session:
         Evaluated in pieces of n_ubatch.  Releases the GIL.  If it fails, the session is as before.
         Raises: TokenError, ContextFullError (before anything is evaluated), ClosedError.
         """
-        return self._advance(as_tokens(ids, self.n_vocab), all_logits)
+        tokens = as_tokens(ids, self.n_vocab)
+        return self._advance(tokens, len(tokens)) if all_logits else self._advance(tokens)[0]
 
-    def _advance(self, new: list[int], all_logits: bool = False) -> np.ndarray:
-        """Evaluate what is not yet, then the tokens `new`, and return the logits of the last or of all of `new`."""
+    def eval_last(self, ids: Sequence[int] | np.ndarray, n_logits: int) -> np.ndarray:
+        """Append token ids and return the logits, F32 [n_logits, n_vocab], of the last n_logits of them; as eval().
+
+        Raises: ParameterError if there are fewer, or none is wanted; as eval().
+        """
+        tokens = as_tokens(ids, self.n_vocab)
+        return self._advance(tokens, count("n_logits", n_logits, most=len(tokens)))
+
+    def _advance(self, new: list[int], n_logits: int = 1) -> np.ndarray:
+        """Evaluate what is not yet, then the tokens `new`, and return the logits of the last n_logits."""
         with self._lock:
             self._check_open()
             self.check_fits(len(new))
@@ -132,31 +142,30 @@ class Session:
             waiting = self._tokens[self._n_evaluated :]
             if not waiting and not new:
                 raise TokenError(_NOTHING_TO_EVALUATE)
-            logits = self._append(waiting + new if waiting else new, all_logits)
-        return logits[len(waiting) :] if all_logits else logits[0]
+            return self._append(waiting + new if waiting else new, n_logits)
 
     def _append(
-        self, tokens: list[int], all_logits: bool = False, first_layer: int = 0, source: Boundaries | None = None
+        self, tokens: list[int], n_logits: int = 1, first_layer: int = 0, source: Boundaries | None = None
     ) -> np.ndarray:
-        """Evaluate the tokens that follow the evaluated ones, and return the logits of the last or of all.
+        """Evaluate the tokens that follow the evaluated ones, and return the logits of the last n_logits.
 
         The first of them may be known already.  first_layer, source: where to start from, if not from tokens.
         """
         n_past = len(self._tokens)
         whole = len(tokens) > 1 and self._n_whole == n_past
-        logits = self._evaluate(tokens, all_logits, whole, first_layer, source)
+        logits = self._evaluate(tokens, n_logits, whole, first_layer, source)
         self._tokens.extend(tokens[n_past - self._n_evaluated :])
         self._n_evaluated = len(self._tokens)
         self._dirty = False
-        self._last = self._n_evaluated, logits[-1].copy() if all_logits else logits[0]
+        self._last = self._n_evaluated, logits[0] if n_logits == 1 else logits[-1].copy()
         if whole:
             self._ends.append(self._n_evaluated)
         return logits
 
     def _evaluate(
-        self, tokens: list[int], all_logits: bool, whole: bool, first_layer: int, source: Boundaries | None
+        self, tokens: list[int], n_logits: int, whole: bool, first_layer: int, source: Boundaries | None
     ) -> np.ndarray:
-        logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
+        logits = np.empty((n_logits, self.n_vocab), dtype=np.float32)
         done, n_past = 0, self._n_evaluated
         self._dirty = True
         if len(tokens) == 1 and source is None and (cells := self._cache.next_cells(n_past)):
@@ -164,13 +173,13 @@ class Session:
             self._engine.eval(self._model, self._weights, self._cache, step, logits)
             return logits
         ids = np.array(tokens, dtype=np.int32)
-        for piece, pos, out_ids in split(ids, n_past, self.n_batch, self.n_ubatch, all_logits=all_logits):
+        for piece, pos, out_ids in split(ids, n_past, self.n_batch, self.n_ubatch, n_logits):
             batch = UBatch(self._cache, piece, pos, _zeros(piece), out_ids)
             if source is not None:
                 batch.first_layer, batch.embd = first_layer, source.read(first_layer, int(pos[0]), len(piece))
             if whole:
                 batch.states = self._kept.outputs(
-                    int(pos[0]), len(piece), first_layer=first_layer, with_head=len(out_ids) == 1 and not all_logits
+                    int(pos[0]), len(piece), first_layer=first_layer, with_head=len(out_ids) == n_logits == 1
                 )
             self._engine.eval(self._model, self._weights, self._cache, batch, logits[done : done + len(out_ids)])
             done += len(out_ids)
@@ -247,7 +256,7 @@ class Session:
         """Return the logits that the next token follows from."""
         self._check_open()
         if self._n_evaluated < len(self._tokens):
-            return self._advance([])
+            return self._advance([])[0]
         logits = self.logits
         if logits is None:
             raise TokenError(_NOTHING_TO_EVALUATE)
@@ -367,7 +376,7 @@ class Session:
         """Take tokens whose K and V were copied for evaluated, in the cells that the calls for them would take."""
         for start, end in pairwise([0, *source._ends]):
             call = np.array(tokens[start:end], dtype=np.int32)
-            for piece, pos, _ in split(call, start, self.n_batch, self.n_ubatch, all_logits=False):
+            for piece, pos, _ in split(call, start, self.n_batch, self.n_ubatch, 0):
                 self._cache.store(self._cache.find_slot(len(piece)), pos, _zeros(piece))
         self._tokens, self._n_evaluated = tokens, len(tokens)
 
@@ -444,7 +453,7 @@ class Generation:
             if session._generation is not self:
                 raise BusyError("this generation cannot go on: another one has begun in its session")
             if self.tokens:
-                logits = session._advance([])
+                logits = session._advance([])[0]
             token = sample(logits, self.params, session.tokens if looks_back else (), rng)
             session._tokens.append(token)
             timings.predicted_n += 1

@@ -147,10 +147,12 @@ def test_copy(hp, type_k, type_v, flash_attn):
 
 def test_split():
     tokens = np.arange(10, dtype=np.int32)
-    pieces = [(t.tolist(), p.tolist(), o.tolist()) for t, p, o in split(tokens, 5, 6, 4, all_logits=False)]
+    pieces = [(t.tolist(), p.tolist(), o.tolist()) for t, p, o in split(tokens, 5, 6, 4, 1)]
     assert pieces == [
         ([0, 1, 2, 3], [5, 6, 7, 8], []),
         ([4, 5], [9, 10], []),  # the end of the first batch
         ([6, 7, 8, 9], [11, 12, 13, 14], [3]),
     ]
-    assert [o.tolist() for *_, o in split(tokens, 0, 6, 4, all_logits=True)] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
+    assert [o.tolist() for *_, o in split(tokens, 0, 6, 4, 10)] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
+    assert [o.tolist() for *_, o in split(tokens, 0, 6, 4, 5)] == [[], [1], [0, 1, 2, 3]]
+    assert [o.tolist() for *_, o in split(tokens, 0, 6, 4, 0)] == [[], [], []]

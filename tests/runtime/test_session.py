@@ -313,3 +313,17 @@ def test_use_after_close(host):
 def test_repr(session):
     session.eval([1, 5])
     assert repr(session) == "<Session 'base', 2 of 256 tokens>"
+
+
+def test_logits_of_the_last_tokens(host):
+    """Those of all tokens, as far as they are wanted, whatever the pieces in which they are computed."""
+    ids = random_ids(60)
+    with host.session(n_ctx=256) as session, host.session(n_ctx=256) as other:
+        rows = session.eval_last(ids, 41)
+        assert rows.shape == (41, session.n_vocab)
+        np.testing.assert_array_equal(session.logits, rows[-1])
+        every = other.eval(ids, all_logits=True)
+        assert ((rows - every[19:]) ** 2).sum() / (every**2).sum() < 1e-9  # the last layer is computed for fewer rows
+        with pytest.raises(ParameterError, match=r"^n_logits = 4 is not from 1 to 3$"):
+            session.eval_last([5, 6, 7], 4)
+        assert session.n_past == 60
