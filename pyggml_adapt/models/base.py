@@ -10,7 +10,7 @@ from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import RopeType, Tensor, Type
 from pyggml_adapt.graph.builder import GraphBuilder
 from pyggml_adapt.graph.weights import LayerWeights, Weights
-from pyggml_adapt.models.hparams import HParams, Keys, readers
+from pyggml_adapt.models.hparams import HParams, Keys, layered, readers
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -44,6 +44,7 @@ class Model:
     output: ClassVar[str] = "optional"  # or required, or tied
     rope_factors: ClassVar[tuple[str, ...]] = ()  # for the frequencies: freqs, longrope, by rope.scaling.type if both
     experts: ClassVar[str] = "none"  # or optional, or required
+    layered: ClassVar[bool] = False  # whether layers may differ in size, or lack a part
     nextn: ClassVar[bool] = False  # whether there may be layers, kept only, that predict further tokens
 
     def __init__(self, hp: HParams):
@@ -62,6 +63,8 @@ class Model:
     def check_hparams(self) -> None:
         """Raise ModelError for hyper-parameters that the architecture cannot have."""
         hp = self.hp
+        if hp.n_embd_head_k % 2:
+            raise ModelError(f"{hp.arch}.attention.key_length, or embedding_length / head_count, is odd")
         if hp.n_embd_head_k != hp.n_embd_head_v:
             raise ModelError(
                 f"{hp.arch}.attention.value_length = {hp.n_embd_head_v} is not key_length {hp.n_embd_head_k}"
@@ -70,10 +73,8 @@ class Model:
             raise ModelError(
                 f"{hp.arch}.rope.dimension_count = {hp.n_rot} is not the head size {hp.n_embd_head_k}, or odd"
             )
-        if hp.n_rot > hp.n_embd_head_k or hp.n_embd_head_k % 2:
-            raise ModelError(
-                f"{hp.arch}.rope.dimension_count = {hp.n_rot} is above the head size {hp.n_embd_head_k}, or that odd"
-            )
+        if hp.n_rot > hp.n_embd_head_k:
+            raise ModelError(f"{hp.arch}.rope.dimension_count = {hp.n_rot} is above the head size {hp.n_embd_head_k}")
         if hp.rope_scaling_type == "longrope" and "longrope" not in self.rope_factors:
             raise ModelError(f"{hp.arch}.rope.scaling.type = 'longrope' is not one that architecture {hp.arch} has")
         if hp.n_expert and self.experts == "none":
@@ -147,6 +148,10 @@ class Model:
             return 0
         return min(int(found[1]), self.hp.n_layer)  # nothing depends on layers after the last that is computed
 
+    def is_long(self, n_ctx: int) -> bool:
+        """Return whether a context of n_ctx tokens, padded, takes LongRoPE's factors for long ones."""
+        return "longrope" in self.rope_factors and n_ctx > self.hp.n_ctx_orig_yarn
+
     def build(self, g: GraphBuilder, w: Weights, first_layer: int = 0) -> Tensor | None:
         """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs.
 
@@ -197,6 +202,8 @@ def register(arch: str) -> Callable[[M], M]:
         cls.arch = arch
         _registry[arch] = cls
         readers[arch] = cls.read_hparams
+        if cls.layered:
+            layered.add(arch)
         return cls
 
     return add

@@ -20,6 +20,7 @@ from pyggml_adapt.models.tables import OPTIONAL
 @register("deci")
 class Deci(Llama):
     experts = "none"
+    layered = True
 
     def check_hparams(self) -> None:
         super().check_hparams()

@@ -14,10 +14,10 @@ from pyggml_adapt.errors import ModelError
 MAX_LAYERS = 512
 MAX_EXPERTS = 512
 MAX_CTX = (1 << 31) - 1  # positions are int32
+MAX_ATTN_FACTOR = 1000.0  # of Q and of K: published ones are below 2; their product stays far from F32's limits
 MAX_SIZE = 1 << 24  # of any dimension: larger than every published model's, small enough that products fit in 64 bits
 
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
-LAYERED = ("deci",)  # architectures whose layers may differ in size, or lack a part
 GATING_FUNCS = {1: "softmax", 2: "sigmoid"}
 
 
@@ -144,6 +144,10 @@ class HParams:
         n_embd_head_k = keys.count("attention.key_length", max(n_embd // n_head, 1))
         n_rot = keys.count("rope.dimension_count", n_embd_head_k)
         n_ctx_train = keys.count("context_length", most=MAX_CTX)
+        n_embd_head_v = keys.count("attention.value_length", max(n_embd // n_head, 1))
+        keys.refuse("rope.dimension_count_swa", n_rot)
+        keys.refuse("attention.key_length_swa", n_embd_head_k)
+        keys.refuse("attention.value_length_swa", n_embd_head_v)
         n_layer, n_layer_nextn = keys.n_layers()
         keys.refuse("attention.causal", True)
         found = {
@@ -152,7 +156,7 @@ class HParams:
             **LayerSizes(*map(max, zip(*sizes, strict=True)))._asdict(),
             "layer_sizes": sizes if len(sizes) > 1 else (),
             "n_embd_head_k": n_embd_head_k,
-            "n_embd_head_v": keys.count("attention.value_length", max(n_embd // n_head, 1)),
+            "n_embd_head_v": n_embd_head_v,
             "n_rot": n_rot,
             **_experts(keys),
             **_rope(keys, n_ctx_train),
@@ -178,7 +182,7 @@ class Keys:
         if value is None:
             raise ModelError(f"the metadata has no {key}")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelError(f"{key} must be a whole number, not {value!r}")
+            raise ModelError(f"{key} must be a whole number, not {_short(value)}")
         if not least <= value <= most:
             raise ModelError(f"{key} = {value} is not from {least} to {most}")
         return value
@@ -193,22 +197,26 @@ class Keys:
             return (self.count(key, least=0),) * n_layer
         array = np.asarray(value)
         if array.dtype.kind not in "iu" or array.shape != (n_layer,):
-            raise ModelError(f"{name} must be a whole number for each of {n_layer} layers, not {value!r}")
+            raise ModelError(f"{name} must be a whole number for each of {n_layer} layers, not {_short(value)}")
         for each in array.tolist():
             if not 0 <= each <= MAX_SIZE:
                 raise ModelError(f"{name} = {each} is not from 0 to {MAX_SIZE}")
         return tuple(array.tolist())
 
-    def number(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
+    def number(
+        self, key: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
+    ) -> float:
         """Return a finite number."""
         key = f"{self.arch}.{key}"
         value = self.metadata.get(key, default)
         if value is None:
             raise ModelError(f"the metadata has no {key}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ModelError(f"{key} must be a number, not {value!r}")
+            raise ModelError(f"{key} must be a number, not {_short(value)}")
         if not (math.isfinite(value) and value >= least):
             raise ModelError(f"{key} = {value} is not a finite number of at least {least}")
+        if value > most:
+            raise ModelError(f"{key} = {value} is above {most:g}")
         return float(value)
 
     def positive(self, key: str, default: float) -> float:
@@ -231,7 +239,7 @@ class Keys:
         key = f"{self.arch}.{key}"
         value = self.metadata.get(key, default)
         if not isinstance(value, bool):
-            raise ModelError(f"{key} must be true or false, not {value!r}")
+            raise ModelError(f"{key} must be true or false, not {_short(value)}")
         return value
 
     def numbers(self, key: str, n: int) -> tuple[float, ...]:
@@ -241,23 +249,31 @@ class Keys:
             raise ModelError(f"the metadata has no {key}")
         array = np.asarray(value)
         if array.dtype.kind not in "fiu" or array.shape not in ((), (n,)) or not np.isfinite(array).all():
-            raise ModelError(f"{key} must be a finite number for each of {n} layers, not {value!r}")
+            raise ModelError(f"{key} must be a finite number for each of {n} layers, not {_short(value)}")
         return tuple(np.broadcast_to(array, n).tolist())
 
     def refuse(self, key: str, harmless: float = 0) -> None:
         """Raise ModelError if a key asks for what is not implemented."""
         key = f"{self.arch}.{key}"
         value = self.metadata.get(key, harmless)
-        if (value != harmless).any() if isinstance(value, np.ndarray) else value != harmless:
-            raise ModelError(f"{key} = {value} is not implemented")
+        array = np.asarray(value)
+        if array.size == 0 or (array != harmless).any():
+            raise ModelError(f"{key} = {_short(value)} is not implemented")
+
+
+def _short(value: object) -> str:
+    """Return a value as an error shows it: in one line, not whole if it is long."""
+    text = " ".join(repr(value.tolist() if isinstance(value, np.ndarray) else value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 readers: dict[str, Callable[[Keys], dict[str, Any]]] = {}  # by architecture: of those that are its own
+layered: set[str] = set()  # architectures whose layers may differ in size, or lack a part
 
 
 def _layer_sizes(keys: Keys) -> tuple[LayerSizes, ...]:
     """Return the sizes of each layer; where the architecture's layers do not differ, of one."""
-    if keys.arch in LAYERED:
+    if keys.arch in layered:
         n_head = keys.counts("attention.head_count")
         n_head_kv = keys.counts("attention.head_count_kv", n_head)
         sizes = tuple(map(LayerSizes, n_head, n_head_kv, keys.counts("feed_forward_length")))
@@ -316,14 +332,14 @@ def _rope(keys: Keys, n_ctx_train: int) -> dict[str, Any]:
     Source: llama.cpp src/llama-model.cpp (load_hparams), src/llama-context.cpp (cparams).
     """
     kind = keys.metadata.get(f"{keys.arch}.rope.scaling.type", "linear")
-    if kind not in ROPE_SCALING_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_SCALING_TYPES:
         raise ModelError(
-            f"{keys.arch}.rope.scaling.type = {kind!r} is not implemented; "
+            f"{keys.arch}.rope.scaling.type = {_short(kind)} is not implemented; "
             f"implemented are {', '.join(ROPE_SCALING_TYPES)}"
         )
     freq_scale = np.float32(1.0) if kind == "none" else _freq_scale(keys)
     freq_base = keys.positive("rope.freq_base", 10000.0)
-    attn_factor = np.float32(keys.number("rope.scaling.attn_factor", 1.0))
+    attn_factor = np.float32(keys.number("rope.scaling.attn_factor", 1.0, least=0.0, most=MAX_ATTN_FACTOR))
     if kind == "yarn":
         attn_factor *= _yarn_attn_factor(np.float32(1.0) / freq_scale)
     return {
@@ -349,7 +365,7 @@ def read_yarn(keys: Keys) -> dict[str, Any]:
     found = _rope(keys, keys.count("context_length", most=MAX_CTX))
     if found["rope_scaling_type"] == "yarn":
         factor = np.float32(1.0) / np.float32(found["rope_freq_scale"])
-        attn_factor = np.float32(keys.number("rope.scaling.attn_factor", 1.0))
+        attn_factor = np.float32(keys.number("rope.scaling.attn_factor", 1.0, least=0.0, most=MAX_ATTN_FACTOR))
         log_mul = keys.number("rope.scaling.yarn_log_multiplier", 0.0, least=0.0)
         found["yarn_attn_factor"] = float(_yarn_attn_factor(factor, log_mul) * attn_factor)
     found["yarn_beta_fast"] = keys.number("rope.scaling.yarn_beta_fast", 32.0, least=0.0)
@@ -366,7 +382,7 @@ def read_swa(keys: Keys, n_pattern: int, *, n_swa: int, is_chunked: bool = False
     pattern = np.asarray(keys.metadata.get(key, n_pattern))
     if pattern.ndim:
         if pattern.dtype.kind not in "biu" or len(pattern) < n_layer:
-            raise ModelError(f"{key} must be true or false for each of {n_layer} layers, not {pattern!r}")
+            raise ModelError(f"{key} must be true or false for each of {n_layer} layers, not {_short(pattern)}")
         swa_layers = tuple(bool(each) for each in pattern[:n_layer])
     else:
         n_pattern = keys.count("attention.sliding_window_pattern", n_pattern, least=0, most=MAX_LAYERS)

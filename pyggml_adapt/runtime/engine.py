@@ -124,7 +124,7 @@ class Engine:
     ) -> None:
         """Evaluate `batch`: its K and V go into the cache, its logits into out, F32 [n_outputs, n_vocab].
 
-        If it fails, the cache is as before.
+        If it fails, the cells that were empty before are empty; a window's may have been overwritten.
         Raises: AdaptorError (adaptor_changed, foundation_changed) if a mapped file is not what it was; ClosedError.
         """
         with self._lock:

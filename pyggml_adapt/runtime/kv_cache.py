@@ -175,7 +175,7 @@ class KVCache:
         layers = [il for il in self.k_l if il < n_layer for _ in "KV"]
         for il, ours, theirs in zip(layers, self._rows(n_layer), source._rows(n_layer), strict=True):
             cells = source._of_layer[il]
-            n = n_tokens if cells.in_order else cells.used_max
+            n = n_tokens if cells.in_order or n_tokens == 0 else cells.used_max
             if ours.ndim == 2:
                 ours[:n] = theirs[:n]
             else:

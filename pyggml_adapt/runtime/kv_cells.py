@@ -28,7 +28,7 @@ class Cells:
         self._n_used = 0  # cells in use
         self.used_max = 0  # cells up to the last one in use
         self.in_order = n_seq_max == 1  # every cell in use has its index as its position
-        self._first = 0  # the lowest position, if there is one sequence without gaps in a window, else -1
+        self._first = 0  # with a window: the lowest position of one sequence; -1 if there are gaps, or several
 
     @property
     def is_whole(self) -> bool:

@@ -119,7 +119,8 @@ class Session:
     def eval(self, ids: Sequence[int] | np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         """Append token ids and return the logits, F32 [n_vocab], of the last; [n_tokens, n_vocab] with all_logits.
 
-        Evaluated in pieces of n_ubatch.  Releases the GIL.  If it fails, the session is as before.
+        Evaluated in pieces of n_ubatch.  Releases the GIL.  If it fails, the session has the tokens that it had; those
+        of which a sliding window no longer holds what the next one sees are evaluated again then.
         Raises: TokenError, ContextFullError (before anything is evaluated), ClosedError.
         """
         tokens = as_tokens(ids, self.n_vocab)
@@ -290,15 +291,17 @@ class Session:
         n_layer, known = self._model.hp.n_layer, source.tokens  # a generation may append to them meanwhile
         self.check_fits(len(known))
         differs = first_difference(source._model, source._weights, self._model, self._weights)
-        if differs is None and self._cache.fits(source._cache, source._n_evaluated):
-            copied = self._copy(source, known)
-            return ForkReport(self.task, len(known), len(known), None, n_layer, n_layer, float(bool(known)), copied)
+        if differs is None and self._fits(source, source._n_evaluated):
+            copied, n_reused = self._copy(source, known), source._n_evaluated
+            saved = n_reused / len(known) if known else 0.0
+            return ForkReport(self.task, len(known), n_reused, None, n_layer, n_layer, saved, copied)
         tokens = as_tokens(known, self.n_vocab) if known else []
-        if differs == n_layer and self._cache.fits(source._cache, source._n_whole - source._n_last(tokens)):
-            first_layer = n_layer
-            n_reused, n_computed, copied = self._take_all_layers(source, tokens)
+        if differs == n_layer and self._fits(source, source._n_whole - source._n_last(tokens)):
+            first_layer = source._kept.highest(n_layer) if source._n_last(tokens) else n_layer
+            n_reused, n_computed, copied = self._take_all_layers(source, tokens, first_layer)
+            first_layer = first_layer or n_layer  # of the tokens that were reused
         else:
-            is_there = self._cache.fits(source._cache, source._n_whole)
+            is_there = self._fits(source, source._n_whole)
             first_layer = source._kept.highest(differs) if differs is not None and is_there else 0
             n_reused, n_computed, copied = self._take_layers(source, tokens, first_layer)
         if self.n_past < len(tokens):
@@ -307,6 +310,11 @@ class Session:
         saved = 1 - n_computed / (len(tokens) * n_layer) if known else 0.0
         first_layer = first_layer if n_reused else 0
         return ForkReport(self.task, len(known), n_reused, differs, first_layer, n_layer, saved, copied)
+
+    def _fits(self, source: Session, n_tokens: int) -> bool:
+        """Return whether K and V of the first n_tokens tokens of `source` are there, and would be the same here."""
+        is_long, was_long = (self._model.is_long(each.n_cells) for each in (self._cache, source._cache))
+        return is_long == was_long and self._cache.fits(source._cache, n_tokens)
 
     def _take_layers(self, source: Session, tokens: list[int], first_layer: int) -> tuple[int, int, int]:
         """Take the layers below first_layer, and compute the others from its input, call by call.
@@ -330,25 +338,26 @@ class Session:
         n_call = self._n_whole - (self._ends[-2] if len(self._ends) > 1 else 0)
         return (n_call - 1) % self.n_batch % self.n_ubatch + 1
 
-    def _take_all_layers(self, source: Session, tokens: list[int]) -> tuple[int, int, int]:
+    def _take_all_layers(self, source: Session, tokens: list[int], first_layer: int) -> tuple[int, int, int]:
         """Take every layer, and compute the logits of the last call, if no token came after it.
 
-        From the head's input if it was kept, else for the last piece of the call from the highest layer that can be.
-        Returns as _take_layers().
+        From the head's input if it was kept, else for the last piece of the call from first_layer.  Returns as
+        _take_layers().
         """
         n_whole, n_last, n_layer, kept = source._n_whole, source._n_last(tokens), self._model.hp.n_layer, source._kept
-        copied = self._cache.copy(source._cache, n_whole, n_layer)
+        n_reused = n_whole if first_layer else n_whole - n_last
+        copied = self._cache.copy(source._cache, n_reused, n_layer)
         self._kept.inherit(kept, n_whole, n_layer)
         self._mark(source, tokens[: n_whole - n_last])
         n_computed = 0
         if n_last:
-            first_layer, last = kept.highest(n_layer), tokens[n_whole - n_last : n_whole]
+            last = tokens[n_whole - n_last : n_whole]
             self._append(last, first_layer=first_layer, source=kept if first_layer else None)
             n_computed = n_last * (n_layer - first_layer)
         elif 0 < n_whole == len(tokens):
             self._evaluate_head(tokens, kept)
         self._ends = source._ends.copy()
-        return n_whole - n_last, n_computed, copied
+        return n_reused, n_computed, copied
 
     def _evaluate_head(self, tokens: list[int], kept: Boundaries) -> None:
         """Compute the logits of the last token from the head's input."""

@@ -175,3 +175,36 @@ def test_forks_of_a_session_that_was_rewound_past_the_end_of_the_window(host):
                 else:
                     assert report.n_reused == 0
                     np.testing.assert_array_equal(forked.logits, fresh.eval(IDS[:411]))
+
+
+def test_reports_of_forks_say_what_was_reused(host):
+    with host.session("base", n_ctx=N_CTX, forks=["middle"]) as session:
+        fed(session, 100, 300)
+        session.rewind(390)
+        fed(session, 20)
+        with session.fork("middle") as forked:
+            report = forked.fork_report
+            assert (report.n_reused, report.saved, report.copied_nbytes) == (0, 0.0, 0)
+        session.rewind(150)  # all that is left must be evaluated again
+        with session.fork("base") as forked, host.session("base", n_ctx=N_CTX) as fresh:
+            report = forked.fork_report
+            assert (report.n_tokens, report.n_reused, report.saved) == (150, 0, 0.0)
+            assert forked.logits is None
+            np.testing.assert_array_equal(forked.eval([5]), fresh.eval([*IDS[:150], 5]))
+
+
+@pytest.mark.parametrize("arch", ["phi3", "llama"])
+@pytest.mark.parametrize("sizes", [(256, 1024), (1024, 256)])
+def test_forks_between_short_and_long_factors(tiny_gguf, arch, sizes):
+    """LongRoPE's factors depend on the size of the context, so K of one size is not that of the other."""
+    more = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 300}
+    path = tiny_gguf(arch, **COMMON, optional="^output|rope_f", metadata=more)
+    with pga.Host(path, n_threads=1) as host:
+        with host.session(n_ctx=sizes[0]) as session, host.session(n_ctx=sizes[1]) as fresh:
+            fed(session, 100)
+            with session.fork(n_ctx=sizes[1]) as forked:
+                np.testing.assert_array_equal(forked.logits, fresh.eval(IDS[:100]))
+                assert forked.fork_report.n_reused == 0
+                assert not np.array_equal(forked.logits, session.logits)
+            with session.fork() as forked:
+                assert forked.fork_report.n_reused == 100
