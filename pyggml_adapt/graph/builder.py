@@ -227,7 +227,7 @@ class GraphBuilder:
         ctx, n, hp, inputs = self.ctx, self.n_tokens, self.hp.of_layer(il), self.inputs.attn(il)
         k, v = self.hadamard(k, inputs.k_rot), self.hadamard(v, inputs.v_rot)
         self.graph.expand(self.inputs.pos)  # it is filled though no layer may rotate
-        for cur in (k, v) if hp.swa_layers else (v, k):
+        for cur in (k, v) if hp.swa_layers else (v, k):  # llama.cpp's order, of models with windows and without
             self.graph.expand(cur)
         k = ops.view(ctx, k, (hp.n_embd_k_gqa, n), (k.nb[2],))
         self.graph.expand(ops.set_rows(ctx, self.k_l[il], k, inputs.k_idxs))

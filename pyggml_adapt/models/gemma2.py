@@ -22,18 +22,24 @@ from pyggml_adapt.models.hparams import Keys, read_swa
 @register("gemma2")
 class Gemma2(Gemma):
     n_layer_27b: ClassVar[int] = 46  # the one size whose scale is another
+    post_norm_has_number: ClassVar[bool] = False  # whether llama.cpp names ffn_post_norm by its layer
 
     @classmethod
     def read_hparams(cls, keys: Keys) -> dict[str, Any]:
         return (
             super().read_hparams(keys)
             | cls.read_window(keys)
-            | {
-                "f_attention_scale": cls.attention_scale(keys),
-                "f_attn_logit_softcapping": keys.positive("attn_logit_softcapping", 50.0),
-                "f_final_logit_softcapping": keys.positive("final_logit_softcapping", 30.0),
-            }
+            | cls.read_caps(keys)
+            | {"f_attention_scale": cls.attention_scale(keys)}
         )
+
+    @classmethod
+    def read_caps(cls, keys: Keys) -> dict[str, Any]:
+        """Return the limits of attention and of logits."""
+        return {
+            "f_attn_logit_softcapping": keys.positive("attn_logit_softcapping", 50.0),
+            "f_final_logit_softcapping": keys.positive("final_logit_softcapping", 30.0),
+        }
 
     @classmethod
     def read_window(cls, keys: Keys) -> dict[str, Any]:
@@ -57,9 +63,7 @@ class Gemma2(Gemma):
     def build_layer(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> Tensor | None:
         inp = cur  # [n_embd, n_tokens]
         cur = g.named(g.norm(cur, w.attn_norm, il), "attn_norm", il)
-        q, k, v = g.qkv(cur, w, il)  # [n_embd_head, n_head or n_head_kv, n_tokens]
-        if w.attn_q_norm is not None:
-            q, k = g.qk_norm(q, k, w, il)
+        q, k, v = self.build_qkv(g, w, cur, il)  # [n_embd_head, n_head or n_head_kv, n_tokens]
         q, k = g.rope(q, self.rope_type, w, "Qcur", il), g.rope(k, self.rope_type, w, "Kcur", il)
         if il == self.hp.n_layer - 1 and g.n_outputs == 0:
             g.store_kv(k, v, il)
@@ -71,5 +75,9 @@ class Gemma2(Gemma):
         inp = g.named(g.add(cur, inp), "sa_out", il)
         cur = g.named(g.norm(inp, w.ffn_norm, il), "ffn_norm", il)
         cur = g.ffn(cur, w, il, "gelu")
-        cur = g.named(g.norm(cur, w.post_ffw_norm), "ffn_post_norm", il if w.attn_q_norm is not None else -1)
+        cur = g.named(g.norm(cur, w.post_ffw_norm), "ffn_post_norm", il if self.post_norm_has_number else -1)
         return g.named(g.add(cur, inp), "l_out", il)
+
+    def build_qkv(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q, K and V, not yet rotated."""
+        return g.qkv(cur, w, il)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pyggml_adapt.ggml import Tensor
+from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.gemma2 import Gemma2
@@ -18,13 +21,11 @@ from pyggml_adapt.models.hparams import Keys, read_swa
 class Gemma3(Gemma2):
     output = "optional"
     n_layer_27b = 62
+    post_norm_has_number = True
 
     @classmethod
-    def read_hparams(cls, keys: Keys) -> dict[str, Any]:
-        return super().read_hparams(keys) | {
-            "f_attn_logit_softcapping": 0.0,
-            "f_final_logit_softcapping": keys.number("final_logit_softcapping", 0.0, least=0.0),
-        }
+    def read_caps(cls, keys: Keys) -> dict[str, Any]:
+        return {"f_final_logit_softcapping": keys.number("final_logit_softcapping", 0.0, least=0.0)}
 
     @classmethod
     def read_window(cls, keys: Keys) -> dict[str, Any]:
@@ -37,3 +38,7 @@ class Gemma3(Gemma2):
     def layer_tensors(self, il: int) -> Iterator[TensorSpec]:
         yield from super().layer_tensors(il)
         yield from tables.qk_norm(self.hp)
+
+    def build_qkv(self, g: GraphBuilder, w: LayerWeights, cur: Tensor, il: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().build_qkv(g, w, cur, il)
+        return *g.qk_norm(q, k, w, il), v

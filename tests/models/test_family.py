@@ -108,6 +108,7 @@ VARIANTS = [
     ("gemma2", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
     ("cohere2", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
     ("olmo2", {"metadata": {**WINDOW, "rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
+    ("gemma3", {"metadata": {"final_logit_softcapping": 0.0, "attn_logit_softcapping": 0.0}}),
     ("gemma3", {"metadata": {"rope.scaling.type": "none", "rope.scaling.factor": 8.0}}),
     ("gemma3", {"n_layer": 7, "metadata": {"rope.freq_base": 1e6, "rope.freq_base_swa": 500.0}}),
     ("gemma3", {"n_layer": 3, "metadata": {**YARN, "attention.sliding_window_pattern": 2}}),

@@ -76,11 +76,19 @@ def test_counts_that_cannot_be(arch, value):
     ("qwen3", "nextn_predict_layers", 1, "qwen3.nextn_predict_layers = 1 is not implemented"),
     ("qwen3", "attention.causal", False, "qwen3.attention.causal = False is not implemented"),
     ("qwen3", "rope.scaling.type", "longrope", "qwen3.rope.scaling.type = 'longrope' is not one that architecture"),
+    ("qwen3", "rope.scaling.type", np.array([1, 2]), r"qwen3.rope.scaling.type = \[1, 2\] is not implemented"),
+    ("qwen3", "rope.scaling.attn_factor", 1e30, r"qwen3.rope.scaling.attn_factor = 1e\+30 is above 1000$"),
+    ("qwen3", "rope.freq_base", np.ones(99), r"qwen3.rope.freq_base must be a number, not \[1.0, 1.0, .*\.\.\.$"),
+    ("qwen3", "attention.causal", np.array([]), r"qwen3.attention.causal = \[\] is not implemented$"),
+    ("qwen3", "attention.key_length", 33, "qwen3.attention.key_length, or embedding_length / head_count, is odd$"),
+    ("gemma3", "rope.dimension_count_swa", 16, "gemma3.rope.dimension_count_swa = 16 is not implemented$"),
+    ("gpt-oss", "attention.key_length_swa", 16, "gpt-oss.attention.key_length_swa = 16 is not implemented$"),
+    ("cohere2", "attention.value_length_swa", 16, "cohere2.attention.value_length_swa = 16 is not implemented$"),
     ("qwen3", "rope.scaling.type", "su", "qwen3.rope.scaling.type = 'su' is not implemented; implemented are none, "),
     ("granite", "logit_scale", None, "the metadata has no granite.logit_scale"),
     ("granite", "logit_scale", 0.0, "granite.logit_scale = 0.0 is not a finite number of at least 1e-30"),
     ("granite", "rope.scaling.finetuned", 1, "granite.rope.scaling.finetuned must be true or false, not 1"),
-    ("granite", "deepstack_mapping", np.array([-1, 0]), r"granite.deepstack_mapping = \[-1  0\] is not implemented"),
+    ("granite", "deepstack_mapping", np.array([-1, 0]), r"granite.deepstack_mapping = \[-1, 0\] is not implemented"),
     ("olmo2", "attention.sliding_window", -1, "olmo2.attention.sliding_window = -1 is not from 0 to 16777216"),
     ("gemma2", "attention.sliding_window", 0, "gemma2.attention.sliding_window = 0 is not from 1 to 16777216"),
     ("gemma2", "attn_logit_softcapping", 0.0, "gemma2.attn_logit_softcapping = 0.0 is not positive"),
@@ -115,7 +123,7 @@ def test_counts_that_cannot_be(arch, value):
     ("phi3", "rope.scaling.original_context_length", 0, "phi3.rope.scaling.original_context_length = 0 is not from 1"),
     ("phi3", "rope.scaling.attn_factor", "a", "phi3.rope.scaling.attn_factor must be a number, not 'a'"),
     ("phimoe", "expert_used_count", 5, "phimoe.expert_used_count = 5 does not fit expert_count = 4"),
-    ("glm4moe", "rope.dimension_sections", np.array([8, 8, 0, 0]), r"glm4moe.rope.dimension_sections = \[8 8 0 0\] is"),
+    ("glm4moe", "rope.dimension_sections", np.array([8, 8, 0, 0]), r"glm4moe.rope.dimension_sections = \[8, 8, "),
     ("glm4moe", "expert_gating_func", 3, "glm4moe.expert_gating_func = 3 is not implemented; implemented are 1 and 2"),
     ("glm4moe", "expert_feed_forward_length", None, "the metadata has no glm4moe.expert_feed_forward_length"),
     ("glm4moe", "expert_shared_count", None, "the metadata has no glm4moe.expert_shared_count"),
@@ -123,7 +131,7 @@ def test_counts_that_cannot_be(arch, value):
     ("glm4moe", "expert_weights_norm", 1, "glm4moe.expert_weights_norm must be true or false, not 1"),
     ("glm4moe", "nextn_predict_layers", 2, "glm4moe.nextn_predict_layers = 2 leaves none of block_count = 2"),
     ("deci", "rope.dimension_count", 16, "deci.rope.dimension_count = 16 is not the head size 32, or odd"),
-    ("glm4", "rope.dimension_sections", np.array([8, 8, 0, 0]), r"glm4.rope.dimension_sections = \[8 8 0 0\] is not"),
+    ("glm4", "rope.dimension_sections", np.array([8, 8, 0, 0]), r"glm4.rope.dimension_sections = \[8, 8, 0, 0\] "),
 ])  # fmt: skip
 def test_keys(arch, key, value, message):
     with pytest.raises(ModelError, match=f"^{message}"):
@@ -157,7 +165,7 @@ def test_what_phi3_cannot_have():
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-    ("attention.head_count", [4, 4, 4], r" must be a whole number for each of 2 layers, not array\(\[4, 4, 4\]\)$"),
+    ("attention.head_count", [4, 4, 4], r" must be a whole number for each of 2 layers, not \[4, 4, 4\]$"),
     ("attention.head_count", [[4, 4]], " must be a whole number for each of 2 layers, not"),
     ("attention.head_count", [4.0, 4.0], " must be a whole number for each of 2 layers, not"),
     ("attention.head_count", [], " must be a whole number for each of 2 layers, not"),
