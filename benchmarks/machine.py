@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 
 import pyggml_adapt as pga
 
@@ -25,7 +28,20 @@ def describe() -> dict[str, str]:
         "CPU features used": ", ".join(features),
         "memory": f"{total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "load average at the start": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "pyggml_adapt": f"{info['version']}, ggml {info['ggml_version']}, {info['compiler']}",
         "llama.cpp": f"llama-cpp-python {version('llama-cpp-python')}, built from its source release",
+    }
+
+
+def now(repository: Path) -> dict[str, str]:
+    """Return the date, the commit, with + if files differ from it, and the load average."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=repository, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
+        "commit": git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else ""),
+        "load average": f"{os.getloadavg()[0]:.2f}",
     }

@@ -329,17 +329,24 @@ def _other_verdicts(results: Results) -> Iterable[tuple[str, str, str, bool]]:
             yield f"{what}, of cp + SHA-256, {name}", "<= 2.00 x", f"{ratio:.2f} x", ratio <= 2
 
 
+def _measured(results: Results) -> Iterable[Sequence[str]]:
+    for part, when in results["measured"].items():
+        yield [part, when["date"], when["commit"], when["load average"]]
+
+
 def markdown(results: Results) -> str:
     """Return the whole page."""
     rows = [(key, value) for key, value in results["machine"].items()]
     head = [
         "# Benchmarks",
         "",
-        "Written by `make bench` (`benchmarks/run.py`); every number comes from one run on the machine below. "
+        "Written by `make bench` (`benchmarks/run.py`) on the machine below, ours and llama.cpp's in the same run. "
         "Models have random weights: 0.1B is 125 M parameters, 1.1B has TinyLlama's shape. All use 2 threads, "
         "batches of 512 and flash attention.",
         "",
         table(["machine", ""], rows),
+        "",
+        table(["measured", "UTC", "commit", "load average before"], _measured(results)),
         "",
         "## What is promised",
         "",

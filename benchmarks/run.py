@@ -24,6 +24,7 @@ import pyggml_adapt as pga
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("pyggml_adapt", "mmap", "default", "shards")
 N_TASKS = (1, 2, 4)
+PARTS = ("speed", "architectures", "switching", "memory", "adaptors", "soak")
 
 
 def say(text: str) -> None:
@@ -155,18 +156,48 @@ def measure_files(store: Store, shape: Shape, quick: bool) -> dict[str, Any]:
     }
 
 
-def measure_all(store: Store, shapes: list[Shape], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the results, part by part."""
-    yield {"machine": machine.describe()}
-    yield {"speed": measure_speed(store, shapes, args.types, args.quick)}
-    yield {"architectures": measure_architectures(store, args.quick)}
-    yield measure_switching(store, shapes[-1], args.quick)
-    yield {"memory": measure_memory(store, shapes[-1])}
+def measure_adaptors(store: Store, shapes: list[Shape], quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the results on low-rank adaptors, forks, and the jobs that write files, shape by shape."""
     for shape in shapes:
-        yield {"lowrank": measure_lowrank(store, shape, args.quick)}
-        yield {"fork": measure_fork(store, shape, args.quick)}
-        yield {"files": measure_files(store, shape, args.quick)}
-    yield {"soak": measure_soak(store, args.quick)}
+        yield {"lowrank": measure_lowrank(store, shape, quick)}
+        yield {"fork": measure_fork(store, shape, quick)}
+        yield {"files": measure_files(store, shape, quick)}
+
+
+def measure_part(part: str, store: Store, shapes: list[Shape], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the results of one of PARTS, piece by piece."""
+    if part == "speed":
+        yield {"speed": measure_speed(store, shapes, args.types, args.quick)}
+    elif part == "architectures":
+        yield {"architectures": measure_architectures(store, args.quick)}
+    elif part == "switching":
+        yield measure_switching(store, shapes[-1], args.quick)
+    elif part == "memory":
+        yield {"memory": measure_memory(store, shapes[-1])}
+    elif part == "adaptors":
+        yield from measure_adaptors(store, shapes, args.quick)
+    else:
+        yield {"soak": measure_soak(store, args.quick)}
+
+
+def measure_all(store: Store, shapes: list[Shape], args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Return the results of the parts that are asked for, and of the others what was found in `out` before.
+
+    They are written to `out` as they come: what is measured is not lost.
+    """
+    results: dict[str, Any] = {"measured": {}}
+    if set(args.parts) != set(PARTS):
+        results |= json.loads(out.read_text(encoding="utf-8"))
+    results["machine"] = machine.describe()
+    for part in args.parts:
+        results["measured"][part] = machine.now(ROOT)
+        fresh: set[str] = set()
+        for found in measure_part(part, store, shapes, args):
+            for name, cases in found.items():
+                results[name] = results[name] | cases if name in fresh else cases
+                fresh.add(name)
+            out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
 
 
 def parse() -> argparse.Namespace:
@@ -176,6 +207,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=[SMALL.name, LARGE.name], default=[SMALL.name, LARGE.name])
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "bench-models", help="folder for the models")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the others stay as they were measured before"
+    )
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
     return parser.parse_args()
 
@@ -189,11 +223,7 @@ def main() -> None:
         store = Store(args.models, say)
         shapes = [SMALL] if args.quick else [SHAPES[name] for name in args.sizes]
         out = ROOT / "build" / ("bench-quick.json" if args.quick else "bench.json")
-        results = {}
-        for found in measure_all(store, shapes, args):
-            for name, cases in found.items():
-                results[name] = results.get(name, {}) | cases
-            out.write_text(json.dumps(results, indent=1), encoding="utf-8")  # what is measured is not lost
+        results = measure_all(store, shapes, args, out)
         say(f"results are in {out}")
     print(report.markdown(results))
     if not args.quick:
