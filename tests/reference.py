@@ -113,23 +113,3 @@ def _load(paths: Sequence[Path]) -> object:
     if not model:
         raise RuntimeError(f"llama.cpp does not load {paths}")
     return model
-
-
-def sampler_candidates(
-    logits: np.ndarray, *, top_k: int, top_p: float, min_p: float, temperature: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (ids, probabilities) that llama.cpp's samplers leave, most probable first."""
-    n = len(logits)
-    data = (lib.llama_token_data * n)(*((i, float(logit), 0.0) for i, logit in enumerate(logits)))
-    array = lib.llama_token_data_array(data, n, -1, False)
-    samplers = [lib.llama_sampler_init_top_k(top_k)] if top_k else []
-    if top_p < 1.0:
-        samplers.append(lib.llama_sampler_init_top_p(top_p, 1))
-    if min_p > 0.0:
-        samplers.append(lib.llama_sampler_init_min_p(min_p, 1))
-    samplers += [lib.llama_sampler_init_temp(temperature), lib.llama_sampler_init_dist(1)]
-    for sampler in samplers:
-        lib.llama_sampler_apply(sampler, ctypes.byref(array))
-        lib.llama_sampler_free(sampler)
-    left = sorted((-array.data[i].p, array.data[i].id) for i in range(array.size))
-    return np.array([id for _, id in left]), np.array([-p for p, _ in left])

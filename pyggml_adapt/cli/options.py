@@ -57,12 +57,59 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how tokens are drawn."""
-    parser.add_argument("--temp", type=float, default=0.8, metavar="T", help="temperature, 0 for greedy (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=40, metavar="K", help="0 for all (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1 for all (%(default)s)")
-    parser.add_argument("--min-p", type=float, default=0.05, metavar="P", help="0 for all (%(default)s)")
-    parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="1 for none (%(default)s)")
+    for flags, field, default, what in _SAMPLING:
+        flag, value = type(default), "N" if isinstance(default, int) else "X"
+        parser.add_argument(*flags, dest=field, type=flag, default=default, metavar=value, help=f"{what} (%(default)s)")
+    parser.add_argument(
+        "--dry-sequence-breaker",
+        action="append",
+        metavar="TEXT",
+        dest="dry_sequence_breakers",
+        help="no repeated sequence goes across it; repeatable, none for no breaker (newline, colon, quote, asterisk)",
+    )
+    parser.add_argument(
+        "-l",
+        "--logit-bias",
+        type=logit_bias,
+        action="append",
+        default=[],
+        metavar="TOKEN(+/-)BIAS",
+        help="add to a token id's logit, as 15043+1 or 15043-inf; repeatable",
+    )
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="seed (default, and -1: another each time)")
+
+
+_SAMPLING: tuple[tuple[tuple[str, ...], str, float, str], ...] = (  # flags, field of SamplerParams, default, help
+    (("--temp", "--temperature"), "temperature", 0.8, "temperature, 0 for greedy"),
+    (("--top-k",), "top_k", 40, "most probable tokens that are kept, 0 for all"),
+    (("--top-p",), "top_p", 0.95, "sum of the probabilities that are kept, 1 for all"),
+    (("--min-p",), "min_p", 0.05, "least probability relative to the most probable token's, 0 for all"),
+    (("--top-n-sigma", "--top-nsigma"), "top_n_sigma", -1.0, "standard deviations below the largest logit, -1 for all"),
+    (("--typical", "--typical-p"), "typical_p", 1.0, "sum of the locally typical probabilities kept, 1 for all"),
+    (("--xtc-probability",), "xtc_probability", 0.0, "of leaving out the most probable tokens, 0 for never"),
+    (("--xtc-threshold",), "xtc_threshold", 0.1, "least probability of those that XTC leaves out"),
+    (("--repeat-last-n",), "repeat_last_n", 64, "tokens that penalties look back at, 0 for none, -1 for all"),
+    (("--repeat-penalty",), "repeat_penalty", 1.0, "factor on the logits of repeated tokens, 1 for none"),
+    (("--presence-penalty",), "presence_penalty", 0.0, "subtracted from the logits of repeated tokens"),
+    (("--frequency-penalty",), "frequency_penalty", 0.0, "subtracted for each occurrence of a token"),
+    (("--dry-multiplier",), "dry_multiplier", 0.0, "of DRY's penalty for repeated sequences, 0 for none"),
+    (("--dry-base",), "dry_base", 1.75, "of DRY's penalty, base to the power of the length"),
+    (("--dry-allowed-length",), "dry_allowed_length", 2, "length of a repeated sequence that DRY allows"),
+    (("--dry-penalty-last-n",), "dry_penalty_last_n", 64, "tokens that DRY looks back at, 0 for none, -1 for all"),
+    (("--dynatemp-range",), "dynatemp_range", 0.0, "how far the temperature varies with entropy, 0 for not"),
+    (("--dynatemp-exp",), "dynatemp_exponent", 1.0, "exponent of dynamic temperature"),
+    (("--mirostat",), "mirostat", 0, "2 for Mirostat 2.0 in place of the other filters, 0 for none"),
+    (("--mirostat-lr",), "mirostat_eta", 0.1, "Mirostat's learning rate"),
+    (("--mirostat-ent",), "mirostat_tau", 5.0, "Mirostat's target entropy, bits"),
+)
+
+
+def logit_bias(text: str) -> tuple[int, float]:
+    """Return token id and bias of TOKEN(+/-)BIAS.  Raises: ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9]{1,10})([+-](?:[0-9]+\.?[0-9]*|\.[0-9]+|inf))", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token id and a bias, as 15043+1 or 15043-inf")
+    return int(match[1]), float(match[2])
 
 
 def size(text: str) -> int:
@@ -118,11 +165,13 @@ def open_host(args: argparse.Namespace) -> Host:
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of SamplerParams that the options describe."""
-    return {
-        "temperature": args.temp,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repeat_penalty": args.repeat_penalty,
-        "seed": None if args.seed == -1 else args.seed,
-    }
+    values = {field: getattr(args, field) for _, field, _, _ in _SAMPLING}
+    values["seed"] = None if args.seed == -1 else args.seed
+    if args.dry_sequence_breakers is not None:
+        texts = args.dry_sequence_breakers
+        last_none = max((i for i, text in enumerate(texts) if text == "none"), default=-1)
+        values["dry_sequence_breakers"] = texts[last_none + 1 :]
+    biases: dict[int, float] = {}
+    for token, bias in args.logit_bias:  # what is given twice counts twice, as in llama.cpp
+        biases[token] = biases.get(token, 0.0) + bias
+    return {**values, "logit_bias": biases}

@@ -19,7 +19,7 @@ from pyggml_adapt.runtime.engine import Engine
 from pyggml_adapt.runtime.fork import Boundaries, ForkReport, choose, first_difference
 from pyggml_adapt.runtime.kv_cache import KVCache
 from pyggml_adapt.runtime.parameters import count
-from pyggml_adapt.runtime.sampling import SamplerParams, sample
+from pyggml_adapt.runtime.sampling import Breakers, Sampler, SamplerParams
 from pyggml_adapt.weights.task import TaskWeights
 
 _NOTHING_TO_EVALUATE = "there is nothing to evaluate: the session was rewound or used since its last token"
@@ -247,7 +247,13 @@ class Session:
         empty = not ids.size if isinstance(ids, np.ndarray) else isinstance(ids, Sequence) and not ids
         tokens = [] if empty and self._can_go_on else as_tokens(ids, self.n_vocab)
         self.check_fits(len(tokens))
-        return Generation(self, tokens, max_tokens, params, stop_ids)
+        params.check_vocabulary(self.n_vocab)
+        breakers = self._breakers(params) if params.has_dry and params.dry_sequence_breakers else {}
+        return Generation(self, tokens, max_tokens, Sampler(params, breakers), stop_ids)
+
+    def _breakers(self, params: SamplerParams) -> Breakers:
+        """Return where DRY's sequences end: it takes a tokenizer to know which tokens its texts are in."""
+        raise ParameterError("dry_sequence_breakers are texts, and this session knows token ids only: give none")
 
     @property
     def _can_go_on(self) -> bool:
@@ -432,10 +438,10 @@ class Generation:
         session: Session,
         prompt: list[int],
         max_tokens: int | None,
-        params: SamplerParams,
+        sampler: Sampler,
         stop_ids: Collection[int],
     ):
-        self.session, self.params = session, params
+        self.session, self._sampler = session, sampler
         self.finish_reason: str | None = None
         self.tokens: list[int] = []
         self.timings = Timings()
@@ -448,8 +454,7 @@ class Generation:
         return next(self._steps)
 
     def _run(self, prompt: list[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
-        session, rng, timings = self.session, self.params.generator(), self.timings
-        looks_back = self.params.repeat_penalty != 1.0
+        session, timings = self.session, self.timings
         session._generation = self
         start = time.perf_counter()
         logits = session.eval(prompt) if prompt else session._go_on()
@@ -463,7 +468,7 @@ class Generation:
                 raise BusyError("this generation cannot go on: another one has begun in its session")
             if self.tokens:
                 logits = session._advance([])[0]
-            token = sample(logits, self.params, session.tokens if looks_back else (), rng)
+            token = self._sampler.sample(logits, session._tokens)
             session._tokens.append(token)
             timings.predicted_n += 1
             timings.predicted_ms += (time.perf_counter() - start) * 1e3

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyggml_adapt.errors import ParameterError
-from pyggml_adapt.runtime.sampling import SamplerParams
+from pyggml_adapt.runtime.sampling import Breakers, SamplerParams, find_breakers
 from pyggml_adapt.runtime.session import Generation, Session, Timings
 from pyggml_adapt.text import Tokenizer
 
@@ -72,6 +72,9 @@ class TextSession(Session):
             prompt = tokenizer.encode(prompt, add_special=self.n_past == 0, parse_special=parse_special)
         ids = self.generate_ids(prompt, max_tokens=max_tokens, params=params, stop_ids=tokenizer.eog_ids)
         return TextGeneration(ids, tokenizer)
+
+    def _breakers(self, params: SamplerParams) -> Breakers:
+        return find_breakers(self._tokenizer(), tuple(params.dry_sequence_breakers))
 
 
 class TextGeneration:
