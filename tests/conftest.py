@@ -15,7 +15,7 @@ from tiny_models import Tiny, write_tiny
 import pyggml_adapt as pga
 
 ROOT = Path(__file__).parents[1]
-VOCAB_PREFIXES = ("vendor/llama.cpp/models/ggml-vocab-",)
+VOCAB_PREFIXES = ("vendor/llama.cpp/models/ggml-vocab-", "vendor/llama.cpp/models/templates/")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,7 +64,10 @@ def split_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
 
 @pytest.fixture(scope="session")
 def vocab_dir(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
-    """Return the folder of llama.cpp's vocabularies, unpacked from the pinned release; skip where it cannot be had."""
+    """Return the folder of llama.cpp's vocabularies, unpacked from the pinned release; skip where it cannot be had.
+
+    Its chat templates are in the folder `templates` there.
+    """
     spec = importlib.util.spec_from_file_location("unpack", ROOT / "vendor" / "ggml" / "unpack.py")
     assert spec is not None and spec.loader is not None
     unpack = importlib.util.module_from_spec(spec)

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pyggml_adapt.errors import AdaptorError, ClosedError, ParameterError, StrPath, TokenizerError
+from pyggml_adapt.errors import AdaptorError, ClosedError, ParameterError, StrPath
 from pyggml_adapt.ggml.backend import MAX_THREADS
 from pyggml_adapt.models import Model, model_of
 from pyggml_adapt.models.hf import hf_target
@@ -20,8 +20,8 @@ from pyggml_adapt.runtime.kv_cache import KVCache
 from pyggml_adapt.runtime.memory import Memory, pages_of
 from pyggml_adapt.runtime.parameters import MAX_COUNT, cache_type, check_gpu, check_name, count
 from pyggml_adapt.runtime.session import Session
-from pyggml_adapt.runtime.text import TextSession, Tokenizers
-from pyggml_adapt.text import Tokenizer
+from pyggml_adapt.runtime.text import TaskText, Texts, TextSession
+from pyggml_adapt.runtime.text_host import TextHost
 from pyggml_adapt.weights.adaptor import Adaptor, AdaptorInfo, open_adaptor
 from pyggml_adapt.weights.foundation import Foundation
 from pyggml_adapt.weights.peft import Target
@@ -41,14 +41,14 @@ class Swap(NamedTuple):
 
 
 class _Task:
-    """What stays of a task while its adaptors come and go: its model, and its tokenizer once text is used."""
+    """What stays of a task while its adaptors come and go: its model, and its tokenizer and template once used."""
 
     def __init__(self, weights: TaskWeights):
         self.model = model_of(weights.metadata, weights.tensors, weights.path)
-        self.tokenizer: Tokenizer | None = None
+        self.text: TaskText | None = None
 
 
-class Host:
+class Host(TextHost):
     """Serve many tasks from one foundation; safe to use from any number of threads.
 
     foundation: a `*-foundation.gguf`, or a complete model, which is then the task `base`.
@@ -97,7 +97,7 @@ class Host:
         self._tasks: dict[str, _Task] = {}
         self._sessions: dict[Session, TaskWeights] = {}
         self._targets: Callable[[str], Target | None] | None = None
-        self._tokenizers = Tokenizers()
+        self._texts = Texts()
         self._active: str | None = None
         self._closed = False
         self._prefetcher: ThreadPoolExecutor | None = None
@@ -364,35 +364,16 @@ class Host:
         own = {key.removeprefix("adaptor "): pages for key, pages in found.items()}
         return Memory(foundation, own, kv, boundary, self._engine.compute_nbytes, process)
 
-    def tokenize(
-        self, text: str, *, task: str | None = None, add_special: bool = True, parse_special: bool = False
-    ) -> list[int]:
-        """Return the token ids of a text.
-
-        Raises: TokenizerError if the model has no tokenizer that is supported.
-        """
-        if not isinstance(text, str):
-            raise TokenizerError(f"only text can be tokenized, not {type(text).__name__}")
-        return self.tokenizer(task).encode(text, add_special=add_special, parse_special=parse_special)
-
-    def detokenize(self, ids: Sequence[int], *, task: str | None = None) -> str:
-        """Return the text of token ids.
-
-        Raises: TokenizerError, TokenError.
-        """
-        return self.tokenizer(task).decode(ids)
-
-    def tokenizer(self, task: str | None = None) -> Tokenizer:
-        """Return a task's tokenizer.  Raises: TokenizerError if there is none that is supported."""
+    def _text(self, task: str | None) -> TaskText:
         with self._lock:
             name = self._name(task)
-            return self._tokenizer_of(self._tasks[name], lambda: self._peek(name))
+            return self._text_of(self._tasks[name], lambda: self._peek(name))
 
-    def _tokenizer_of(self, task: _Task, weights: Callable[[], TaskWeights]) -> Tokenizer:
-        """Return a task's tokenizer, built when it is first asked for."""
-        if task.tokenizer is None:
-            task.tokenizer = self._tokenizers.of(weights().full_metadata())
-        return task.tokenizer
+    def _text_of(self, task: _Task, weights: Callable[[], TaskWeights]) -> TaskText:
+        """Return how a task reads and writes, made when it is first asked for."""
+        if task.text is None:
+            task.text = self._texts.of(weights().full_metadata(), task.model.hp.n_ctx_train)
+        return task.text
 
     def _peek(self, task: str) -> TaskWeights:
         """Return a task's weights, whose adaptors may leave at any time."""
@@ -419,7 +400,7 @@ class Host:
             try:
                 cache = self._new_cache(hp, n_ctx)
                 session = TextSession(
-                    functools.partial(self._tokenizer_of, loaded, lambda: weights),
+                    functools.partial(self._text_of, loaded, lambda: weights),
                     self._engine,
                     loaded.model,
                     weights,
@@ -442,28 +423,6 @@ class Host:
             raise ParameterError(f"forks must be a list of tasks, as [{forks!r}], not a text")
         names = [self._name(task) for task in forks]
         return [first_difference(model, weights, self._tasks[name].model, self._peek(name)) for name in names]
-
-    def generate(
-        self,
-        prompt: str,
-        *,
-        task: str | None = None,
-        max_tokens: int | None = 128,
-        n_ctx: int | None = None,
-        parse_special: bool = False,
-        **sampling: Any,
-    ) -> str:
-        """Return the text that follows `prompt`; sampling: fields of SamplerParams.
-
-        n_ctx: by default what prompt and max_tokens need.  The rest as in TextSession.generate().
-        Raises: as session() and TextSession.generate().
-        """
-        task = self._name(task)
-        ids = self.tokenize(prompt, task=task, parse_special=parse_special)
-        if n_ctx is None and max_tokens is not None:
-            n_ctx = max(len(ids) + max(count("max_tokens", max_tokens, least=0), 1), 1)
-        with self.session(task, n_ctx=n_ctx) as session:
-            return "".join(session.generate(ids, max_tokens=max_tokens, **sampling))
 
     def _name(self, task: str | None) -> str:
         """Return the task's name, the active one's for None.  Raises: AdaptorError (adaptor_not_found)."""
@@ -490,6 +449,7 @@ class Host:
             self._closed = True  # from here on nothing begins
         if self._prefetcher is not None:
             self._prefetcher.shutdown(cancel_futures=True)  # it takes the lock
+        self._texts.close()
         with self._lock:
             self._tasks.clear()
             self._engine.close()

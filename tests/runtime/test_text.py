@@ -28,13 +28,13 @@ def test_pieces_join_to_the_text_of_the_tokens(host):
         with host.session(n_ctx=256) as session:
             generation = session.generate("the", max_tokens=100, temperature=3.0, top_k=0, min_p=0.0, seed=seed)
             pieces = list(generation)
-            tail = b"".join(host._tokenizer(None).token_to_piece(token) for token in generation.tokens)
+            tail = b"".join(host.tokenizer().token_to_piece(token) for token in generation.tokens)
             assert "".join(pieces) == tail.decode(errors="replace")
 
 
 def test_characters_are_not_broken(host):
     """Byte tokens of one character come one by one: nothing is given out before it is whole."""
-    decoder = host._tokenizer(None).stream()
+    decoder = host.tokenizer().stream()
     pieces = [decoder.feed(3 + byte) for byte in "a€👍".encode()]
     assert pieces == ["a", "", "", "€", "", "", "", "👍"]
     assert decoder.feed(3 + 0xE2) == "" and decoder.flush() == "\ufffd"
@@ -49,7 +49,7 @@ def test_stops_at_the_end_of_generation(tiny_gguf, host):
             random_ids(9), max_tokens=9, params=pga.SamplerParams(temperature=0.0), stop_ids=set(tokens)
         )
         assert (list(generation), generation.finish_reason) == ([], "stop")
-    assert host._tokenizer(None).eog_ids == {EOS}
+    assert host.tokenizer().eog_ids == {EOS}
 
 
 def test_special_tokens_at_the_start_only(host):
