@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import textwrap
 from pathlib import Path
 
 os.environ["COLUMNS"] = "100"  # argparse folds its help to this width
 
 from pyggml_adapt.cli.main import parser
 from pyggml_adapt.models import architectures, model_class
+from pyggml_adapt.text.pre_tokenizers import PRE_TOKENIZERS
 
 HERE = Path(__file__).parent / "reference"
 CLI = """# Commands
@@ -41,8 +43,9 @@ NOTES = """
 - weights of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4, in any mixture
 - logits equal to llama.cpp's of the same commit bit for bit, on the CPU, with flash attention and without
 - adaptors of whole tensors and of low-rank pairs
-- tokenizers: SentencePiece (`tokenizer.ggml.model` = `llama`) and byte-level BPE (`gpt2`) with the pre-tokenizer
-  `llama-bpe`; with another one a model runs on token ids
+- tokenizers: SentencePiece (`tokenizer.ggml.model` = `llama`, Gemma's too) and byte-level BPE (`gpt2`) with the
+  pre-tokenizers below, token for token llama.cpp's; with another one a model runs on token ids. Unigram and WordPiece
+  belong to none of these architectures
 
 Two choices of llama.cpp's are kept, since results are compared with it: `phi3` attends to all tokens though its files
 name a sliding window, and layers that predict further tokens (`nextn`, in `glm4moe` and `exaone4`) are kept in the
@@ -51,6 +54,12 @@ files but not computed.
 A model that needs more is refused with the name of the key or tensor: sizes that differ from layer to layer in other
 architectures than `deci`, groups of experts, positions in sections (multimodal GLM 4 and Hunyuan), deep stacks
 (Granite), experts in every n-th layer only (ERNIE 4.5), and `llama4` without chunks.
+"""
+PRE_TOKENIZER_NOTES = """
+## Pre-tokenizers
+
+The values of `tokenizer.ggml.pre` that are known. Without the key words are cut as by `default`, with a warning.
+
 """
 
 
@@ -72,7 +81,8 @@ def supported() -> str:
         first, _, rest = doc.strip().partition("\n")
         source = rest.partition("Source:")[2].strip().replace("\n", " ")
         page += f"| `{name}` | {first} | {source} |\n"
-    return page + NOTES
+    names = textwrap.fill(", ".join(f"`{name}`" for name in sorted(PRE_TOKENIZERS)) + ".", 119, break_on_hyphens=False)
+    return page + NOTES + PRE_TOKENIZER_NOTES + names + "\n"
 
 
 def main() -> None:

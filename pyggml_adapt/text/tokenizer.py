@@ -35,8 +35,10 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         special = [i for i, attr in enumerate(vocab.attrs) if attr & (CONTROL | USER_DEFINED | UNKNOWN)]
         special.sort(key=lambda i: -len(vocab.tokens[i].encode()))
-        self._special = [(vocab.tokens[i], i) for i in special]
-        self._user_defined = [(vocab.tokens[i], i) for i in special if not vocab.attrs[i] & (CONTROL | UNKNOWN)]
+        self._special = _Finder([(vocab.tokens[i], i) for i in special])
+        self._user_defined = _Finder(
+            [(vocab.tokens[i], i) for i in special if not vocab.attrs[i] & (CONTROL | UNKNOWN)]
+        )
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer:
@@ -151,9 +153,8 @@ class Tokenizer:
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Return `text` cut at special tokens, the longest tokens first, as non-empty strings and ids."""
         parts: list[str | int] = [text] if text else []
-        for special, id in self._special if parse_special else self._user_defined:
-            if special in text:
-                parts = [piece for part in parts for piece in self._cut(part, special, id)]
+        for special, id in (self._special if parse_special else self._user_defined).present(text):
+            parts = [piece for part in parts for piece in self._cut(part, special, id)]
         return parts
 
     def _cut(self, part: str | int, special: str, id: int) -> Iterator[str | int]:
@@ -195,10 +196,25 @@ class Tokenizer:
         if strip and pieces:
             pieces[0] = pieces[0].removeprefix(b" ")
         out = b"".join(pieces)
-        if not self._is_spm:
+        if self._vocab.pre.clean_spaces:
             for pattern, replacement in _CLEAN_UPS:
                 out = pattern.sub(replacement, out)
         return out
+
+
+class _Finder:
+    """Find which of many tokens a text has; most start alike, so most are ruled out by a few starts."""
+
+    def __init__(self, tokens: list[tuple[str, int]]):
+        self.tokens = tokens
+        self._by_start: dict[str, list[int]] = {}
+        for i, (text, _) in enumerate(tokens):
+            self._by_start.setdefault(text[:6], []).append(i)
+
+    def present(self, text: str) -> list[tuple[str, int]]:
+        """Return the tokens that `text` has, texts and ids, in their order."""
+        maybe = sorted(i for start, indices in self._by_start.items() if start in text for i in indices)
+        return [self.tokens[i] for i in maybe if self.tokens[i][0] in text]
 
 
 def _check_unicode(text: str) -> None:

@@ -5,23 +5,22 @@ Source: llama.cpp src/llama-vocab.cpp, `llama_vocab::impl::load`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pyggml_adapt.errors import TokenizerError
+from pyggml_adapt.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+
+_logger = logging.getLogger(__name__)
 
 PREFIX = "tokenizer.ggml."
 
 # token attributes; one token can have several
 UNKNOWN, UNUSED, NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 2, 4, 8, 16, 32
 _ATTR_OF_TYPE = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 5: UNUSED, 6: BYTE}
-
-# the names under which llama.cpp knows the Llama 3 pre-tokenizer
-LLAMA3_PRE = (
-    "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral",
-)  # fmt: skip
 
 # metadata key -> special token; of two keys for one token the later wins
 _ID_KEYS = {
@@ -33,6 +32,7 @@ _ID_KEYS = {
 }  # fmt: skip
 
 _DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {"bos": 11, "eos": 11}}
+_NO_PRE_TOKENIZER = PreTokenizer((), add_bos=True)  # SentencePiece has none
 
 # special tokens that have no key are found by their text; the first that the vocabulary has is taken
 _TEXTS = {
@@ -71,9 +71,11 @@ class Vocab:
     """Tokens of one model: texts, attributes, special ids and flags.
 
     attrs: one byte of attribute bits per token.  special: name ("bos", "eot", ...) -> id, only those that exist.
+    pre: empty for SentencePiece.
     """
 
     model: str
+    pre: PreTokenizer
     tokens: list[str]
     ids: dict[str, int]
     attrs: bytearray
@@ -90,37 +92,45 @@ class Vocab:
 
         Raises: TokenizerError naming the key, if one is absent, malformed or not supported.
         """
-        model = _check_supported(metadata)
+        model = _read_model(metadata)
         is_spm = model == "llama"
+        pre = _NO_PRE_TOKENIZER if is_spm else _read_pre(metadata)
         tokens = _read_tokens(metadata)
         ids = {text: i for i, text in enumerate(tokens)}
         if len(ids) != len(tokens):
             repeated = next(text for i, text in enumerate(tokens) if ids[text] != i)
             raise TokenizerError(f"{PREFIX}tokens has {repeated!r} twice")
         attrs = _read_attrs(metadata, tokens)
-        special = _read_special(metadata, len(tokens), _DEFAULTS[model])
+        defaults = {name: id for name, id in _DEFAULTS[model].items() if pre.default_bos or name != "bos"}
+        special = _read_special(metadata, len(tokens), defaults)
         eog = _find_eog(ids, attrs, special)
         return cls(
-            model=model, tokens=tokens, ids=ids, attrs=attrs, special=special, eog=eog,
+            model=model, pre=pre, tokens=tokens, ids=ids, attrs=attrs, special=special, eog=eog,
             rstrip=_find_rstrip(metadata, ids, attrs),
-            add_bos=_read_flag(metadata, "add_bos_token", True),
+            add_bos=_read_flag(metadata, "add_bos_token", pre.add_bos),
             add_eos=_read_flag(metadata, "add_eos_token", False),
             add_space_prefix=_read_flag(metadata, "add_space_prefix", is_spm),
         )  # fmt: skip
 
 
-def _check_supported(metadata: Mapping[str, object]) -> str:
+def _read_model(metadata: Mapping[str, object]) -> str:
     """Return the tokenizer model, "llama" or "gpt2", if this package can tokenize for it."""
     model = metadata.get(PREFIX + "model")
     if model not in ("llama", "gpt2"):
         what = "is absent" if model is None else f"is {model!r}"
         raise TokenizerError(f"{PREFIX}model {what}; supported are 'llama' and 'gpt2'")
-    if model == "gpt2":
-        pre = metadata.get(PREFIX + "pre")
-        if pre not in LLAMA3_PRE:
-            what = "is absent" if pre is None else f"is {pre!r}"
-            raise TokenizerError(f"{PREFIX}pre {what}; supported pre-tokenizers are {', '.join(LLAMA3_PRE)}")
     return str(model)
+
+
+def _read_pre(metadata: Mapping[str, object]) -> PreTokenizer:
+    """Return the pre-tokenizer; without one the default of old files, with a warning, as in llama.cpp."""
+    name = metadata.get(PREFIX + "pre", "")
+    if name == "":
+        _logger.warning("%spre is absent: words are cut in the default way, which may not be the model's", PREFIX)
+        name = "default"
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        raise TokenizerError(f"{PREFIX}pre is {name!r}, not one of the {len(PRE_TOKENIZERS)} supported pre-tokenizers")
+    return PRE_TOKENIZERS[name]
 
 
 def read_strings(metadata: Mapping[str, object], key: str) -> list[str]:

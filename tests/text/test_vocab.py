@@ -5,6 +5,7 @@ import pytest
 
 from pyggml_adapt.errors import TokenizerError
 from pyggml_adapt.text import Tokenizer
+from pyggml_adapt.text.pre_tokenizers import PRE_TOKENIZERS
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -47,6 +48,15 @@ def test_defaults_bpe():
     assert (tok.add_bos, tok.add_eos) == (True, False)
     tok = Tokenizer.from_metadata(bpe(tokens=list("abcdefghijkl")))
     assert (tok.bos_id, tok.eos_id, tok.eog_ids) == (11, 11, {11})
+
+
+def test_defaults_of_pre_tokenizers():
+    letters = list("abcdefghijkl")
+    for pre, add_bos, bos_id in (("tekken", True, 11), ("qwen2", False, 11), ("glm4", False, None)):
+        tok = Tokenizer.from_metadata(bpe(pre=pre, tokens=letters))
+        assert (tok.add_bos, tok.bos_id, tok.eos_id) == (add_bos, bos_id, 11), pre
+    tok = Tokenizer.from_metadata(bpe(pre="glm4", tokens=letters, bos_token_id=3, add_bos_token=True))
+    assert (tok.add_bos, tok.bos_id) == (True, 3)
 
 
 def test_ids_and_flags_from_keys():
@@ -95,12 +105,23 @@ def test_model_not_supported():
     assert "tokenizer.ggml.model is 't5'; supported are" in refusal({"tokenizer.ggml.model": "t5"})
 
 
-@pytest.mark.parametrize("pre", [None, "default", "qwen2", 3])
+@pytest.mark.parametrize("pre", ["kimi-k2", "jina-v2-code", "gemma4", "Qwen2", 3])
 def test_pre_tokenizer_not_supported(pre):
-    what = "absent" if pre is None else repr(pre)
-    message = refusal({"tokenizer.ggml.model": "gpt2"} | ({} if pre is None else {"tokenizer.ggml.pre": pre}))
-    assert message.startswith(f"tokenizer.ggml.pre is {what}; supported pre-tokenizers are falcon-h1, falcon3,")
-    assert "llama-bpe" in message
+    message = refusal({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre})
+    assert message == f"tokenizer.ggml.pre is {pre!r}, not one of the {len(PRE_TOKENIZERS)} supported pre-tokenizers"
+
+
+def test_without_pre_tokenizer_the_default(caplog):
+    absent, empty = bpe(), bpe(pre="")
+    del absent["tokenizer.ggml.pre"]
+    for metadata in (absent, empty):
+        assert Tokenizer.from_metadata(metadata)._vocab.pre is PRE_TOKENIZERS["default"]
+        assert caplog.messages == [
+            "tokenizer.ggml.pre is absent: words are cut in the default way, which may not be the model's"
+        ]
+        caplog.clear()
+    assert Tokenizer.from_metadata(bpe(pre="default"))._vocab.pre is PRE_TOKENIZERS["default"]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
