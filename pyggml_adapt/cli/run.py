@@ -47,6 +47,14 @@ def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentPa
         metavar="N",
         help="size of the context in tokens (default: what the prompt and -n need)",
     )
+    parser.add_argument(
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop before this text is printed; repeatable",
+    )
     parser.add_argument("--memory", action="store_true", help="say at the end what memory is used, as measured")
     add_sampling_options(parser)
     parser.set_defaults(run=run)
@@ -65,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         max_tokens = None if args.predict == -1 else args.predict
         n_ctx = args.ctx_size or (None if max_tokens is None else len(ids) + max(max_tokens, 1))
         with host.session(swap.task, n_ctx=n_ctx) as session:
-            generation = session.generate(ids, max_tokens=max_tokens, **sampling(args))
+            generation = session.generate(ids, max_tokens=max_tokens, stop=args.reverse_prompt, **sampling(args))
             text = ""
             for piece in generation:
                 text += piece

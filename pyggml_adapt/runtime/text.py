@@ -11,7 +11,7 @@ import numpy as np
 from pyggml_adapt.errors import BusyError, ContextFullError, ParameterError
 from pyggml_adapt.runtime.sampling import Breakers, SamplerParams, find_breakers
 from pyggml_adapt.runtime.session import Generation, Session, Timings
-from pyggml_adapt.text import ChatTemplate, Renderer, Tokenizer
+from pyggml_adapt.text import ChatTemplate, Renderer, StopStrings, Tokenizer
 from pyggml_adapt.text.chat import KEY as CHAT_TEMPLATE
 
 
@@ -94,29 +94,36 @@ class TextSession(Session):
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = 128,
+        stop: Sequence[str] = (),
         parse_special: bool = False,
         **sampling: Any,
     ) -> TextGeneration:
         """Return an iterator over pieces of the text that follows `prompt`; sampling: fields of SamplerParams.
 
         prompt: text, or token ids.  Special tokens (BOS) are added to text at the session's start only.
-        max_tokens: None for as many as fit.  parse_special: whether names of special tokens in the text mean these.
+        max_tokens: None for as many as fit.  stop: strings that end the text before them, also where they begin or end
+        within a token.  parse_special: whether names of special tokens in the text mean these.
         Raises: ContextFullError at once if the prompt does not fit; ParameterError, TokenizerError, TokenError.
         """
-        params = sampler_params(sampling)
+        params, stops = sampler_params(sampling), stop_strings(stop)
         tokenizer = self._tokenizer()
         if isinstance(prompt, str):
             prompt = tokenizer.encode(prompt, add_special=self.n_past == 0, parse_special=parse_special)
         ids = self.generate_ids(prompt, max_tokens=max_tokens, params=params, stop_ids=tokenizer.eog_ids)
-        return TextGeneration(ids, tokenizer)
+        return TextGeneration(ids, tokenizer, stops)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **options: Any,
     ) -> TextGeneration:
         """Return an iterator over pieces of the reply to a whole conversation, each message with role and content.
 
         Of the session's tokens those stay that the conversation begins with too, and only the rest is evaluated.
-        max_tokens: None for as many as fit.  options: as in Host.chat(), but task and n_ctx.
+        max_tokens: None for as many as fit.  stop: as in generate().  options: as in Host.chat(), but task and n_ctx.
         Raises: ContextFullError, ParameterError, TokenizerError; BusyError when it is iterated over, if the session was
         used in between.
         """
@@ -129,7 +136,7 @@ class TextSession(Session):
         self.rewind(min(shared, len(ids) - 1))  # the last one is evaluated again: its logits are needed
         kept = self.tokens
         reply = self.generate(ids[len(kept) :], max_tokens=max_tokens, **sampling)
-        return TextGeneration(reply._ids, text.tokenizer, follows=kept)
+        return TextGeneration(reply._ids, text.tokenizer, stop_strings(stop), follows=kept)
 
     def _tokenizer(self) -> Tokenizer:
         return self._text().tokenizer
@@ -145,6 +152,13 @@ def sampler_params(sampling: Mapping[str, Any]) -> SamplerParams:
     except TypeError:
         known = ", ".join(SamplerParams.__slots__)
         raise ParameterError(f"generate: one of {', '.join(sampling)} is not a parameter; known are {known}") from None
+
+
+def stop_strings(stop: Sequence[str]) -> StopStrings:
+    """Return what finds these strings.  Raises: ParameterError unless they are a list of texts, none of them empty."""
+    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
+        raise ParameterError(f"stop = {stop!r} is not a list of texts, none of them empty, as ['\\n\\n']")
+    return StopStrings(stop)
 
 
 def divide(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,16 +180,16 @@ def check_context(ids: Sequence[int], n_ctx: int) -> None:
 class TextGeneration:
     """Iterate over pieces of generated text, each of whole characters; the other attributes are Generation's."""
 
-    def __init__(self, ids: Generation, tokenizer: Tokenizer, follows: list[int] | None = None):
+    def __init__(self, ids: Generation, tokenizer: Tokenizer, stops: StopStrings, follows: list[int] | None = None):
         """follows: the tokens that the session must have when it begins; None for any."""
-        self._ids, self._follows = ids, follows
+        self._ids, self._stops, self._follows = ids, stops, follows
         self._stream = tokenizer.stream()
         self._pieces = self._run()
 
     @property
     def finish_reason(self) -> str | None:
         """Return "stop", "length", or None before the end."""
-        return self._ids.finish_reason
+        return "stop" if self._stops.found else self._ids.finish_reason
 
     @property
     def tokens(self) -> list[int]:
@@ -191,11 +205,11 @@ class TextGeneration:
         if self._follows is not None and self._ids.session.tokens != self._follows:
             raise BusyError("this reply cannot begin: its session was used since the conversation was given")
         for token in self._ids:
-            piece = self._stream.feed(token)
-            if piece:
+            if piece := self._stops.feed(self._stream.feed(token)):
                 yield piece
-        rest = self._stream.flush()
-        if rest:
+            if self._stops.found:
+                return
+        if rest := self._stops.feed(self._stream.flush()) + self._stops.flush():
             yield rest
 
     def __iter__(self) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyggml_adapt.errors import TokenizerError
 from pyggml_adapt.runtime.parameters import count
-from pyggml_adapt.runtime.text import TaskText, TextSession, check_context, divide, sampler_params
+from pyggml_adapt.runtime.text import TaskText, TextSession, check_context, divide, sampler_params, stop_strings
 from pyggml_adapt.text import Tokenizer
 
 
@@ -56,6 +56,7 @@ class TextHost(ABC):
         task: str | None = None,
         max_tokens: int | None = 128,
         n_ctx: int | None = None,
+        stop: Sequence[str] = (),
         parse_special: bool = False,
         **sampling: Any,
     ) -> str:
@@ -69,7 +70,7 @@ class TextHost(ABC):
         if n_ctx is None and max_tokens is not None:
             n_ctx = max(len(ids) + max(count("max_tokens", max_tokens, least=0), 1), 1)
         with self.session(task, n_ctx=n_ctx) as session:
-            return "".join(session.generate(ids, max_tokens=max_tokens, **sampling))
+            return "".join(session.generate(ids, max_tokens=max_tokens, stop=stop, **sampling))
 
     def chat(
         self,
@@ -78,6 +79,7 @@ class TextHost(ABC):
         task: str | None = None,
         max_tokens: int | None = 1024,
         n_ctx: int | None = None,
+        stop: Sequence[str] = (),
         **options: Any,
     ) -> str:
         """Return the reply to a conversation, a list of messages with role and content.
@@ -85,14 +87,14 @@ class TextHost(ABC):
         The text that the model sees comes from its chat template, an adaptor's own before the foundation's; without
         one, ChatML's if the vocabulary has its tokens.
         max_tokens: None for as many as fit.  n_ctx: by default what the conversation and max_tokens need, but not more
-        than the model was trained on.
+        than the model was trained on.  stop: as in TextSession.generate().
         options: tools, documents: lists of dictionaries that the template knows what to do with.  template: the name of
         one of the model's, or one in Jinja.  template_kwargs: what a template reads beside, as {"enable_thinking":
         False}.  The others: fields of SamplerParams.
         Raises: TokenizerError if there is no template, or one that fails; ParameterError if it refuses the messages; as
         session() and TextSession.generate().
         """
-        return "".join(self.stream_chat(messages, task=task, max_tokens=max_tokens, n_ctx=n_ctx, **options))
+        return "".join(self.stream_chat(messages, task=task, max_tokens=max_tokens, n_ctx=n_ctx, stop=stop, **options))
 
     def stream_chat(
         self,
@@ -101,6 +103,7 @@ class TextHost(ABC):
         task: str | None = None,
         max_tokens: int | None = 1024,
         n_ctx: int | None = None,
+        stop: Sequence[str] = (),
         **options: Any,
     ) -> Iterator[str]:
         """Return an iterator over pieces of the reply that chat() returns, each of whole characters.
@@ -109,6 +112,7 @@ class TextHost(ABC):
         """
         form, sampling = divide(options)
         sampler_params(sampling)
+        stop_strings(stop)
         task = self._name(task)
         text = self._text(task)
         ids = text.prompt(messages, **form)
@@ -116,12 +120,12 @@ class TextHost(ABC):
         if n_ctx is None:
             n_ctx = max(min(n_most, text.n_ctx_train), 1)
         check_context(ids, count("n_ctx", n_ctx))
-        return _reply(lambda: self.session(task, n_ctx=n_ctx), ids, max_tokens, sampling)
+        return _reply(lambda: self.session(task, n_ctx=n_ctx), ids, max_tokens, {**sampling, "stop": stop})
 
 
 def _reply(
-    open_session: Callable[[], TextSession], ids: list[int], max_tokens: int | None, sampling: Mapping[str, Any]
+    open_session: Callable[[], TextSession], ids: list[int], max_tokens: int | None, options: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield pieces of what follows `ids` in a session that lives as long."""
     with open_session() as session:
-        yield from session.generate(ids, max_tokens=max_tokens, **sampling)
+        yield from session.generate(ids, max_tokens=max_tokens, **options)

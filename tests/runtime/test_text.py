@@ -52,6 +52,44 @@ def test_stops_at_the_end_of_generation(tiny_gguf, host):
     assert host.tokenizer().eog_ids == {EOS}
 
 
+GREEDY = {"max_tokens": 40, "temperature": 0.0, "repeat_penalty": 1.3}
+
+
+def test_stop_strings(host):
+    """The text ends before the first of them, wherever tokens begin and end; what is no stop string is not lost."""
+    with host.session(n_ctx=256) as session:
+        text = "".join(session.generate("the", **GREEDY))
+    assert len(text) > 20
+    for start in range(1, len(text) - 8):
+        for n in (1, 3, 8):
+            stop = text[start : start + n]
+            with host.session(n_ctx=256) as session:
+                generation = session.generate("the", stop=[stop, "never"], **GREEDY)
+                assert "".join(generation) == text[: text.find(stop)]
+                assert generation.finish_reason == "stop"
+    with host.session(n_ctx=256) as session:
+        generation = session.generate("the", stop=[text + "more", text[-5:] + "!"], **GREEDY)
+        assert ("".join(generation), generation.finish_reason) == (text, "length")
+    assert host.generate("the", stop=[text[5:9]], **GREEDY) == text[: text.find(text[5:9])]
+
+
+def test_a_session_goes_on_after_a_stop_string(host):
+    with host.session(n_ctx=256) as session:
+        first = "".join(session.generate("the", **GREEDY))
+        session.rewind(0)
+        "".join(session.generate("the", stop=[first[8:10]], **GREEDY))
+        n_past = session.n_past
+        assert n_past < 40 and "".join(session.generate("a", **GREEDY))
+
+
+@pytest.mark.parametrize("stop", ["end", [""], [5], None, [b"x"]])
+def test_stop_strings_that_cannot_be(host, stop):
+    with host.session(n_ctx=64) as session, pytest.raises(ParameterError, match=r"^stop = .* is not a list of texts"):
+        session.generate("the", stop=stop)
+    with pytest.raises(ParameterError, match=r"^stop = .* is not a list of texts"):
+        host.generate("the", stop=stop)
+
+
 def test_special_tokens_at_the_start_only(host):
     with host.session(n_ctx=256) as session:
         list(session.generate("a", max_tokens=1, temperature=0.0))
