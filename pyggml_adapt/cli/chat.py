@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pyggml_adapt.cli.options import add_host_options, add_sampling_options, open_host, sampling
+from pyggml_adapt.cli.options import add_host_options, add_sampling_options, open_host, read_file, sampling
 from pyggml_adapt.errors import Error, FileAccessError, ParameterError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.chat_template is not None:
         options["template"] = args.chat_template
     if args.chat_template_file is not None:
-        options["template"] = read_text(args.chat_template_file)
+        options["template"] = read_file(args.chat_template_file, "the template")
     if args.chat_template_kwargs is not None:
         try:
             options["template_kwargs"] = json.loads(args.chat_template_kwargs)
@@ -190,17 +190,6 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(options["template_kwargs"], dict):
             raise ParameterError('--chat-template-kwargs: expected a JSON object, as {"enable_thinking": false}')
     return options
-
-
-def read_text(path: str) -> str:
-    """Return what a file holds.  Raises: FileAccessError, ParameterError if it is not UTF-8."""
-    try:
-        with open(path, "rb") as file:
-            return file.read().decode()
-    except OSError as error:
-        raise FileAccessError.of(path, error) from error
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"{path}: the template is not UTF-8 at byte {error.start}") from error
 
 
 def joined(lines: Iterator[str]) -> Iterator[str]:

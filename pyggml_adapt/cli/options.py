@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyggml_adapt.errors import ParameterError
+from pyggml_adapt.errors import FileAccessError, ParameterError
 
 if TYPE_CHECKING:
     from pyggml_adapt.runtime.host import Host
@@ -175,3 +175,20 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     for token, bias in args.logit_bias:  # what is given twice counts twice, as in llama.cpp
         biases[token] = biases.get(token, 0.0) + bias
     return {**values, "logit_bias": biases}
+
+
+def read_file(path: str, what: str) -> str:
+    """Return the text of a file.  Raises: FileAccessError; as decode()."""
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read(), path, what)
+    except OSError as error:
+        raise FileAccessError.of(path, error) from error
+
+
+def decode(data: bytes, name: str, what: str) -> str:
+    """Return bytes as text.  Raises: ParameterError if they are not UTF-8, naming `what` they should be."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{name}: {what} is not UTF-8 at byte {error.start}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from pyggml_adapt.cli.options import add_host_options, add_sampling_options, open_host, sampling
+from pyggml_adapt.cli.options import add_host_options, add_sampling_options, decode, open_host, read_file, sampling
 from pyggml_adapt.errors import FileAccessError, ParameterError
 
 if TYPE_CHECKING:
@@ -141,18 +141,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_text(name: str, what: str) -> str:
-    """Return the text of a file, or for `-` of standard input.
-
-    Raises: FileAccessError; ParameterError if it is not UTF-8, naming `what` it should be.
-    """
+    """Return the text of a file, or for `-` of standard input.  Raises: as read_file()."""
+    if name != "-":
+        return read_file(name, what)
     try:
-        if name == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(name, "rb") as file:
-                data = file.read()
-        return data.decode("utf-8")
+        return decode(sys.stdin.buffer.read(), name, what)
     except OSError as error:
         raise FileAccessError.of(name, error) from error
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"{name}: {what} is not UTF-8 at byte {error.start}") from error

@@ -128,15 +128,16 @@ class TextSession(Session):
         used in between.
         """
         form, sampling = divide(options)
-        sampler_params(sampling)
+        params, stops = sampler_params(sampling), stop_strings(stop)
         text = self._text()
         ids = text.prompt(messages, **form)
         check_context(ids, self.n_ctx)
         shared = next((i for i, (a, b) in enumerate(zip(self._tokens, ids, strict=False)) if a != b), self.n_past)
         self.rewind(min(shared, len(ids) - 1))  # the last one is evaluated again: its logits are needed
         kept = self.tokens
-        reply = self.generate(ids[len(kept) :], max_tokens=max_tokens, **sampling)
-        return TextGeneration(reply._ids, text.tokenizer, stop_strings(stop), follows=kept)
+        stop_ids = text.tokenizer.eog_ids
+        reply = self.generate_ids(ids[len(kept) :], max_tokens=max_tokens, params=params, stop_ids=stop_ids)
+        return TextGeneration(reply, text.tokenizer, stops, follows=kept)
 
     def _tokenizer(self) -> Tokenizer:
         return self._text().tokenizer

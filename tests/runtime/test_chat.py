@@ -107,6 +107,16 @@ def test_a_reply_that_is_left_and_one_that_comes_too_late(host):
         assert whole == host.chat(talk("the"), max_tokens=8, **GREEDY)
 
 
+@pytest.mark.parametrize("options", [{"stop": "x"}, {"stop": [""]}, {"top_k": -1}])
+def test_a_wrong_option_costs_a_session_nothing(host, options):
+    with host.session(n_ctx=300) as session:
+        "".join(session.chat(talk("the"), max_tokens=3, **GREEDY))
+        before = session.tokens
+        with pytest.raises(ParameterError):
+            session.chat(talk("in"), **options)
+        assert session.tokens == before
+
+
 def test_conversations_that_do_not_fit(host):
     long = talk("the " * 90)
     with pytest.raises(ContextFullError, match=r"^the conversation takes \d+ tokens, more than the context of 64"):
