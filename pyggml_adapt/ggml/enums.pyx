@@ -4,7 +4,7 @@ from enum import IntEnum
 
 from libc.stdint cimport int64_t
 
-from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml cimport libops as c
 
 
 def _type_members():
@@ -74,3 +74,91 @@ class DeviceType(IntEnum):
     IGPU = c.GGML_BACKEND_DEVICE_TYPE_IGPU
     ACCEL = c.GGML_BACKEND_DEVICE_TYPE_ACCEL
     META = c.GGML_BACKEND_DEVICE_TYPE_META
+
+
+class UnaryOp(IntEnum):
+    """Which function ops.unary applies to each element.  Wraps: ggml_unary_op."""
+
+    ABS = c.GGML_UNARY_OP_ABS
+    SGN = c.GGML_UNARY_OP_SGN
+    NEG = c.GGML_UNARY_OP_NEG
+    STEP = c.GGML_UNARY_OP_STEP
+    TANH = c.GGML_UNARY_OP_TANH
+    ELU = c.GGML_UNARY_OP_ELU
+    RELU = c.GGML_UNARY_OP_RELU
+    SIGMOID = c.GGML_UNARY_OP_SIGMOID
+    GELU = c.GGML_UNARY_OP_GELU
+    GELU_QUICK = c.GGML_UNARY_OP_GELU_QUICK
+    SILU = c.GGML_UNARY_OP_SILU
+    HARDSWISH = c.GGML_UNARY_OP_HARDSWISH
+    HARDSIGMOID = c.GGML_UNARY_OP_HARDSIGMOID
+    EXP = c.GGML_UNARY_OP_EXP
+    EXPM1 = c.GGML_UNARY_OP_EXPM1
+    SOFTPLUS = c.GGML_UNARY_OP_SOFTPLUS
+    GELU_ERF = c.GGML_UNARY_OP_GELU_ERF
+    XIELU = c.GGML_UNARY_OP_XIELU
+    FLOOR = c.GGML_UNARY_OP_FLOOR
+    CEIL = c.GGML_UNARY_OP_CEIL
+    ROUND = c.GGML_UNARY_OP_ROUND
+    TRUNC = c.GGML_UNARY_OP_TRUNC
+
+
+class GluOp(IntEnum):
+    """Which gated activation ops.glu computes.  Wraps: ggml_glu_op."""
+
+    REGLU = c.GGML_GLU_OP_REGLU
+    GEGLU = c.GGML_GLU_OP_GEGLU
+    SWIGLU = c.GGML_GLU_OP_SWIGLU
+    SWIGLU_OAI = c.GGML_GLU_OP_SWIGLU_OAI
+    GEGLU_ERF = c.GGML_GLU_OP_GEGLU_ERF
+    GEGLU_QUICK = c.GGML_GLU_OP_GEGLU_QUICK
+    SWIGLU_CLAMP = c.GGML_GLU_OP_SWIGLU_CLAMP
+
+
+class OpPool(IntEnum):
+    """How pooling makes one element of several.  Wraps: ggml_op_pool."""
+
+    MAX = c.GGML_OP_POOL_MAX
+    AVG = c.GGML_OP_POOL_AVG
+
+
+class ScaleMode(IntEnum):
+    """How upscaling finds the elements between.  Wraps: ggml_scale_mode."""
+
+    NEAREST = c.GGML_SCALE_MODE_NEAREST
+    BILINEAR = c.GGML_SCALE_MODE_BILINEAR
+    BICUBIC = c.GGML_SCALE_MODE_BICUBIC
+
+
+class ScaleFlag(IntEnum):
+    """What ops.interpolate takes beside a ScaleMode, added to it.  Wraps: ggml_scale_flag."""
+
+    ALIGN_CORNERS = c.GGML_SCALE_FLAG_ALIGN_CORNERS
+    ANTIALIAS = c.GGML_SCALE_FLAG_ANTIALIAS
+
+
+class TriType(IntEnum):
+    """Which triangle of a matrix ops.tri keeps.  Wraps: ggml_tri_type."""
+
+    UPPER_DIAG = c.GGML_TRI_TYPE_UPPER_DIAG
+    UPPER = c.GGML_TRI_TYPE_UPPER
+    LOWER_DIAG = c.GGML_TRI_TYPE_LOWER_DIAG
+    LOWER = c.GGML_TRI_TYPE_LOWER
+
+
+class SortOrder(IntEnum):
+    """Which elements come first when sorted.  Wraps: ggml_sort_order."""
+
+    ASC = c.GGML_SORT_ORDER_ASC
+    DESC = c.GGML_SORT_ORDER_DESC
+
+
+class Prec(IntEnum):
+    """How precisely a matrix product is accumulated, at least.  Wraps: ggml_prec."""
+
+    UNDEFINED = c.GGML_PREC_UNDEFINED
+    F32 = c.GGML_PREC_F32
+    BF16 = c.GGML_PREC_BF16
+    F16 = c.GGML_PREC_F16
+    Q8 = c.GGML_PREC_Q8
+    Q4 = c.GGML_PREC_Q4

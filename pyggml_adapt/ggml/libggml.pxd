@@ -49,7 +49,12 @@ cdef extern from "ggml.h" nogil:
         GGML_OP_SET_ROWS
 
     enum ggml_prec:
+        GGML_PREC_UNDEFINED
         GGML_PREC_F32
+        GGML_PREC_BF16
+        GGML_PREC_F16
+        GGML_PREC_Q8
+        GGML_PREC_Q4
 
     enum ggml_op_hint:
         GGML_HINT_SRC0_IS_HADAMARD
@@ -131,57 +136,6 @@ cdef extern from "ggml.h" nogil:
     bool ggml_is_transposed(const ggml_tensor * tensor)
     bool ggml_are_same_shape(const ggml_tensor * t0, const ggml_tensor * t1)
     bool ggml_can_repeat(const ggml_tensor * t0, const ggml_tensor * t1)
-
-    ggml_tensor * ggml_add(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_add_id(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * ids)
-    ggml_tensor * ggml_mul(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_div(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_sum_rows(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_concat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, int dim)
-    ggml_tensor * ggml_repeat_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
-                                 int64_t ne3)
-    ggml_tensor * ggml_pad(ggml_context * ctx, ggml_tensor * a, int p0, int p1, int p2, int p3)
-    ggml_tensor * ggml_silu(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_gelu(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_relu(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_sqr(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_sigmoid(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_tanh(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_xielu(ggml_context * ctx, ggml_tensor * a, float alpha_n, float alpha_p, float beta, float eps)
-    ggml_tensor * ggml_swiglu(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_swiglu_split(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_geglu_split(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_swiglu_oai(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, float alpha, float limit)
-    ggml_tensor * ggml_norm(ggml_context * ctx, ggml_tensor * a, float eps)
-    ggml_tensor * ggml_rms_norm(ggml_context * ctx, ggml_tensor * a, float eps)
-    ggml_tensor * ggml_mul_mat(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    bool ggml_prec_set_acc(ggml_tensor * a, ggml_prec prec)
-    void ggml_mul_mat_set_hint(ggml_tensor * a, ggml_op_hint hint)
-    ggml_tensor * ggml_mul_mat_id(ggml_context * ctx, ggml_tensor * as_, ggml_tensor * b, ggml_tensor * ids)
-    ggml_tensor * ggml_scale(ggml_context * ctx, ggml_tensor * a, float s)
-    ggml_tensor * ggml_clamp(ggml_context * ctx, ggml_tensor * a, float min, float max)
-    ggml_tensor * ggml_cast(ggml_context * ctx, ggml_tensor * a, ggml_type type)
-    ggml_tensor * ggml_cont(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_cont_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3)
-    ggml_tensor * ggml_reshape_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
-                                  int64_t ne3)
-    ggml_tensor * ggml_view_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
-                               int64_t ne3, size_t nb1, size_t nb2, size_t nb3, size_t offset)
-    ggml_tensor * ggml_permute(ggml_context * ctx, ggml_tensor * a, int axis0, int axis1, int axis2, int axis3)
-    ggml_tensor * ggml_transpose(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_get_rows(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_set_rows(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c)
-    ggml_tensor * ggml_soft_max(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_soft_max_ext(ggml_context * ctx, ggml_tensor * a, ggml_tensor * mask, float scale,
-                                    float max_bias)
-    void ggml_soft_max_add_sinks(ggml_tensor * a, ggml_tensor * sinks)
-    ggml_tensor * ggml_rope_ext(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, int n_dims,
-                                int mode, int n_ctx_orig, float freq_base, float freq_scale, float ext_factor,
-                                float attn_factor, float beta_fast, float beta_slow)
-    ggml_tensor * ggml_argsort_top_k(ggml_context * ctx, ggml_tensor * a, int k)
-    ggml_tensor * ggml_flash_attn_ext(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-                                      ggml_tensor * mask, float scale, float max_bias, float logit_softcap)
-    void ggml_flash_attn_ext_add_sinks(ggml_tensor * a, ggml_tensor * sinks)
 
     ggml_cgraph * ggml_new_graph_custom(ggml_context * ctx, size_t size, bool grads)
     void ggml_build_forward_expand(ggml_cgraph * cgraph, ggml_tensor * tensor)

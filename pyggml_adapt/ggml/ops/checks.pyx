@@ -1,4 +1,47 @@
-# What ops.pyx checks: the preconditions of ggml's builders, and of its CPU kernels, which check less than they need.
+"""What every op does: wraps ggml's result, and checks the preconditions of builders and CPU kernels.
+
+ggml ends the process when an op's precondition fails, and its kernels check less than they need.
+"""
+
+from libc.stdint cimport int64_t
+
+from pyggml_adapt.ggml cimport libops as c
+from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor, count
+
+from pyggml_adapt.errors import DTypeError, ShapeError
+from pyggml_adapt.ggml.enums import Type
+
+
+cdef inline int keep(Context ctx, Tensor operand) except -1:
+    if operand.ctx is not ctx:
+        ctx.depend_on(operand.ctx)
+        if operand._ptr.op == c.GGML_OP_NONE:
+            ctx.n_foreign += 1
+        else:
+            seen = set()
+            count([<size_t> operand._ptr], seen)
+            ctx.n_foreign += len(seen)
+    return 0
+
+
+cdef Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tensor d=None, Tensor e=None,
+                   Tensor f=None):
+    """Return t as a Tensor of ctx, which then keeps its operands' contexts alive."""
+    keep(ctx, a)
+    if b is not None:
+        keep(ctx, b)
+    if d is not None:
+        keep(ctx, d)
+    if e is not None:
+        keep(ctx, e)
+    if f is not None:
+        keep(ctx, f)
+    return ctx.wrap(t)
+
+
+cdef Tensor unary(str op, unary_op call, Context ctx, Tensor a):
+    check_rows(op, a)
+    return result(ctx, call(ctx.room(1), a.ptr()), a)
 
 
 cdef object bad_shape(str op, str why, operands):
@@ -11,11 +54,20 @@ cdef object bad_type(str op, str why, operands):
     return DTypeError(f"{op}: {why} ({types})")
 
 
-cdef inline bint is_float(c.ggml_tensor * t) noexcept nogil:
-    return t.type == c.GGML_TYPE_F32 or t.type == c.GGML_TYPE_F16
+cdef object bad_value(str op, str why):
+    return ShapeError(f"{op}: {why}")
 
 
-cdef inline bint is_weight(c.ggml_tensor * t) noexcept nogil:
+cdef str type_name(c.ggml_type type):
+    return Type(<int> type).name
+
+
+cdef c.ggml_type type_of(object type) except? c.GGML_TYPE_COUNT:
+    """Return the type of this name or number.  Raises: ValueError if ggml has none such."""
+    return <c.ggml_type> <int> Type(type)
+
+
+cdef bint is_weight(c.ggml_tensor * t) noexcept nogil:
     """Return whether kernels can read t's type: not integers, nor the types of activations inside matmul."""
     if t.type == c.GGML_TYPE_Q8_1 or t.type == c.GGML_TYPE_Q8_K:
         return False
@@ -30,17 +82,6 @@ cdef bint is_writable(c.ggml_type type) noexcept nogil:
         return False
     return (type == c.GGML_TYPE_F32 or type == c.GGML_TYPE_F16 or type == c.GGML_TYPE_BF16
             or c.ggml_is_quantized(type))
-
-
-cdef inline bint has_rows(c.ggml_tensor * t) noexcept nogil:
-    """Return whether each row is contiguous; ggml_is_contiguous_rows lets rows of one element pass."""
-    return t.nb[0] == c.ggml_type_size(t.type)
-
-
-cdef inline bint has_even_rows(c.ggml_tensor * t) noexcept nogil:
-    """Return whether row r is at r * nb1: kernels rely on it; ggml_is_contiguous says so only if ne1 > 1."""
-    return ((t.ne[2] == 1 or t.nb[2] == t.ne[1] * t.nb[1])
-            and (t.ne[3] == 1 or t.nb[3] == t.ne[1] * t.ne[2] * t.nb[1]))
 
 
 cdef int check_rows(str op, Tensor a) except -1:
@@ -68,6 +109,12 @@ cdef int check_size(str op, double n_elements, operands) except -1:
     return 0
 
 
+cdef int check_blocks(str op, c.ggml_type type, int64_t ne0, Tensor a) except -1:
+    if ne0 % c.ggml_blck_size(type):
+        raise bad_shape(op, f"ne0 = {ne0} is not a multiple of {type_name(type)}'s block size", [("a", a)])
+    return 0
+
+
 cdef int check_weights(str op, c.ggml_tensor * pa, c.ggml_tensor * pb, operands) except -1:
     """Check what mul_mat and its kin need of a matrix and the rows that it is multiplied with."""
     if pa.ne[0] != pb.ne[0]:
@@ -81,33 +128,3 @@ cdef int check_weights(str op, c.ggml_tensor * pa, c.ggml_tensor * pb, operands)
     if not (is_float(pb) or pb.type == c.GGML_TYPE_BF16):
         raise bad_type(op, "the second operand must be F32, F16 or BF16", operands)
     return 0
-
-
-cdef int check_blocks(str op, c.ggml_type type, int64_t ne0, Tensor a) except -1:
-    if ne0 % c.ggml_blck_size(type):
-        raise bad_shape(op, f"ne0 = {ne0} is not a multiple of {Type(<int> type).name}'s block size", [("a", a)])
-    return 0
-
-
-cdef int fill(int64_t * dims, str op, Tensor a, tuple ne) except -1:
-    """Fill dims from ne, padded with ones, and check that it holds as many elements as a."""
-    read_ne(dims, op, ne)
-    if dims[0] * dims[1] * dims[2] * dims[3] != c.ggml_nelements(a.ptr()):
-        raise bad_shape(op, f"{list(ne)} has another number of elements", [("a", a)])
-    return check_blocks(op, a.ptr().type, dims[0], a)
-
-
-cdef int check_cast(c.ggml_tensor * pa, c.ggml_type type, Tensor a) except -1:
-    """Check that kernels can convert a to `type`."""
-    cdef bint ok
-    if pa.type == type or (pa.type == c.GGML_TYPE_I32 and type == c.GGML_TYPE_F32):
-        ok = True
-    elif is_float(pa) or pa.type == c.GGML_TYPE_BF16:
-        ok = is_writable(type) or (pa.type == c.GGML_TYPE_F32 and type == c.GGML_TYPE_I32)
-    else:
-        ok = is_weight(pa) and type == c.GGML_TYPE_F32
-    if not ok:
-        raise bad_type("cast", f"cannot convert to {Type(<int> type).name}", [("a", a)])
-    if c.ggml_is_quantized(type) and not has_rows(pa):
-        raise bad_shape("cast", "the rows of a must be contiguous", [("a", a)])
-    return check_blocks("cast", type, pa.ne[0], a)

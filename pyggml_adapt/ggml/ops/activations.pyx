@@ -1,12 +1,8 @@
-# What ops.pyx has of activations, gated and not, and of norms: ops on rows of F32.
+"""Activations, gated and not, and norms: ops on rows of F32."""
 
-
-ctypedef c.ggml_tensor * (*unary_op)(c.ggml_context *, c.ggml_tensor *)
-
-
-cdef Tensor unary(str op, unary_op call, Context ctx, Tensor a):
-    check_rows(op, a)
-    return result(ctx, call(ctx.room(1), a.ptr()), a)
+from pyggml_adapt.ggml cimport libops as c
+from pyggml_adapt.ggml.context cimport Context, Tensor
+from pyggml_adapt.ggml.ops.checks cimport bad_shape, bad_value, binary_op, check_even_rows, check_rows, result, unary
 
 
 def silu(Context ctx not None, Tensor a not None):
@@ -22,11 +18,6 @@ def gelu(Context ctx not None, Tensor a not None):
 def relu(Context ctx not None, Tensor a not None):
     """Return a with its negative elements replaced by 0, shape of a.  Wraps: ggml_relu."""
     return unary("relu", c.ggml_relu, ctx, a)
-
-
-def sqr(Context ctx not None, Tensor a not None):
-    """Return a squared element by element, shape of a.  Wraps: ggml_sqr."""
-    return unary("sqr", c.ggml_sqr, ctx, a)
 
 
 def sigmoid(Context ctx not None, Tensor a not None):
@@ -101,7 +92,7 @@ def swiglu_oai(Context ctx not None, Tensor a not None, Tensor b not None, float
     """
     check_split("swiglu_oai", a, b)
     if not limit >= 0:
-        raise ShapeError(f"swiglu_oai: limit {limit} is not a number from 0 up")
+        raise bad_value("swiglu_oai", f"limit {limit} is not a number from 0 up")
     return result(ctx, c.ggml_swiglu_oai(ctx.room(1), a.ptr(), b.ptr(), alpha, limit), a, b)
 
 
@@ -112,7 +103,7 @@ def norm(Context ctx not None, Tensor a not None, float eps):
     """
     check_rows("norm", a)
     if not eps >= 0:
-        raise ShapeError(f"norm: eps {eps} is negative")
+        raise bad_value("norm", f"eps {eps} is negative")
     return result(ctx, c.ggml_norm(ctx.room(1), a.ptr(), eps), a)
 
 
@@ -120,5 +111,5 @@ def rms_norm(Context ctx not None, Tensor a not None, float eps):
     """Return each row of a divided by its root mean square (eps added under the root).  Wraps: ggml_rms_norm."""
     check_rows("rms_norm", a)
     if not eps >= 0:
-        raise ShapeError(f"rms_norm: eps {eps} is negative")
+        raise bad_value("rms_norm", f"eps {eps} is negative")
     return result(ctx, c.ggml_rms_norm(ctx.room(1), a.ptr(), eps), a)

@@ -1,4 +1,13 @@
-# What ops.pyx has of attention: the softmax, the rotation of positions, and both at once.
+"""Attention: masked softmax, rotary positions, and flash attention."""
+
+from libc.math cimport INFINITY
+from libc.stdint cimport int64_t
+
+from pyggml_adapt.ggml cimport libops as c
+from pyggml_adapt.ggml.context cimport Context, Tensor
+from pyggml_adapt.ggml.ops.checks cimport (
+    bad_shape, bad_type, bad_value, check_rows, check_size, check_weights, has_rows, is_float, is_weight, result,
+)
 
 
 cdef bint covers(c.ggml_tensor * mask, int64_t n_kv, int64_t n_tokens, int64_t n_head, int64_t n_seq) noexcept nogil:
@@ -81,7 +90,7 @@ def rope_ext(Context ctx not None, Tensor a not None, Tensor pos not None, Tenso
     cdef c.ggml_tensor * pf = NULL
     operands = [("a", a), ("pos", pos), ("freq_factors", freq_factors)]
     if mode != c.GGML_ROPE_TYPE_NORMAL and mode != c.GGML_ROPE_TYPE_NEOX:
-        raise ShapeError(f"rope_ext: mode {mode} is neither RopeType.NORMAL nor RopeType.NEOX")
+        raise bad_value("rope_ext", f"mode {mode} is neither RopeType.NORMAL nor RopeType.NEOX")
     check_rows("rope_ext", a)
     if pp.type != c.GGML_TYPE_I32:
         raise bad_type("rope_ext", "pos must be I32", operands)
@@ -116,7 +125,7 @@ def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, T
     operands = [("q", q), ("k", k), ("v", v), ("mask", mask), ("sinks", sinks)]
     check_qkv(pq, pk, pv, operands)
     if not 0 <= logit_softcap < INFINITY:
-        raise ShapeError(f"flash_attn_ext: logit_softcap {logit_softcap} is not a finite number from 0 up")
+        raise bad_value("flash_attn_ext", f"logit_softcap {logit_softcap} is not a finite number from 0 up")
     if max_bias > 0 and mask is None:
         raise bad_shape("flash_attn_ext", "max_bias needs a mask", operands)
     if mask is not None:

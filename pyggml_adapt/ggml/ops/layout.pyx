@@ -1,110 +1,13 @@
-"""One function per ggml op: each returns a new Tensor in `ctx`, to be computed by a graph.
+"""Ops that copy, view and rearrange: no arithmetic, but what a conversion of types needs."""
 
-ggml ends the process when an op's precondition fails; each is checked here first and raised as ShapeError or
-DTypeError.  Operands may live in other contexts; these then stay alive with `ctx`.
-"""
-
-from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
-from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor, count, read_ne
-
-from pyggml_adapt.errors import DTypeError, ShapeError
-from pyggml_adapt.ggml.enums import Type
-
-
-cdef inline Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tensor d=None, Tensor e=None,
-                          Tensor f=None):
-    """Return t as a Tensor of ctx, which then keeps its operands' contexts alive."""
-    keep(ctx, a)
-    if b is not None:
-        keep(ctx, b)
-    if d is not None:
-        keep(ctx, d)
-    if e is not None:
-        keep(ctx, e)
-    if f is not None:
-        keep(ctx, f)
-    return ctx.wrap(t)
-
-
-cdef inline int keep(Context ctx, Tensor operand) except -1:
-    if operand.ctx is not ctx:
-        ctx.depend_on(operand.ctx)
-        if operand._ptr.op == c.GGML_OP_NONE:
-            ctx.n_foreign += 1
-        else:
-            seen = set()
-            count([<size_t> operand._ptr], seen)
-            ctx.n_foreign += len(seen)
-    return 0
-
-
-include "ops_checks.pxi"
-
-
-ctypedef c.ggml_tensor * (*binary_op)(c.ggml_context *, c.ggml_tensor *, c.ggml_tensor *)
-
-
-cdef Tensor binary(str op, binary_op call, Context ctx, Tensor a, Tensor b):
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pb = b.ptr()
-    if not c.ggml_can_repeat(pb, pa):
-        raise bad_shape(op, "b does not broadcast to a", [("a", a), ("b", b)])
-    if pb.type != c.GGML_TYPE_F32 and pb.type != pa.type or not (is_float(pa) or pa.type == c.GGML_TYPE_BF16):
-        raise bad_type(op, "a must be F32, F16 or BF16, b F32 or of a's type", [("a", a), ("b", b)])
-    if not has_rows(pa):
-        raise bad_shape(op, "the rows of a must be contiguous", [("a", a), ("b", b)])
-    return result(ctx, call(ctx.room(1), pa, pb), a, b)
-
-
-def add(Context ctx not None, Tensor a not None, Tensor b not None):
-    """Return a + b, shape of a; b is broadcast.
-
-    Raises: ShapeError if b's dimensions do not divide a's.
-    Wraps: ggml_add.
-    """
-    return binary("add", c.ggml_add, ctx, a, b)
-
-
-def mul(Context ctx not None, Tensor a not None, Tensor b not None):
-    """Return a * b element by element, shape of a; b is broadcast.
-
-    Raises: ShapeError if b's dimensions do not divide a's.
-    Wraps: ggml_mul.
-    """
-    return binary("mul", c.ggml_mul, ctx, a, b)
-
-
-def div(Context ctx not None, Tensor a not None, Tensor b not None):
-    """Return a / b element by element, shape of a; b is broadcast.
-
-    Raises: ShapeError if b's dimensions do not divide a's.
-    Wraps: ggml_div.
-    """
-    return binary("div", c.ggml_div, ctx, a, b)
-
-
-def scale(Context ctx not None, Tensor a not None, float s):
-    """Return a times the number s, shape of a.  a: F32, contiguous.  Wraps: ggml_scale."""
-    check_even_rows("scale", a)
-    cdef c.ggml_tensor * pa = a.ptr()
-    if not c.ggml_is_contiguous(pa) or pa.nb[2] != pa.nb[1] * pa.ne[1] or pa.nb[3] != pa.nb[2] * pa.ne[2]:
-        raise bad_shape("scale", "a must be contiguous", [("a", a)])
-    return result(ctx, c.ggml_scale(ctx.room(1), a.ptr(), s), a)
-
-
-def clamp(Context ctx not None, Tensor a not None, float min, float max=INFINITY):
-    """Return a with its elements limited to [min, max].  Wraps: ggml_clamp."""
-    check_even_rows("clamp", a)
-    return result(ctx, c.ggml_clamp(ctx.room(1), a.ptr(), min, max), a)
-
-
-def sum_rows(Context ctx not None, Tensor a not None):
-    """Return the sums along ne0, F32 [1, a.ne1, a.ne2, a.ne3].  Wraps: ggml_sum_rows."""
-    check_rows("sum_rows", a)
-    return result(ctx, c.ggml_sum_rows(ctx.room(1), a.ptr()), a)
+from pyggml_adapt.ggml cimport libops as c
+from pyggml_adapt.ggml.context cimport Context, Tensor, read_ne
+from pyggml_adapt.ggml.ops.checks cimport (
+    bad_shape, bad_type, bad_value, check_blocks, check_even_rows, check_size, has_rows, is_float, is_weight,
+    is_writable, result, type_name, type_of,
+)
 
 
 def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
@@ -116,7 +19,7 @@ def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     if not 0 <= dim < c.GGML_MAX_DIMS:
-        raise ShapeError(f"concat: dim {dim} is not 0 to 3")
+        raise bad_value("concat", f"dim {dim} is not 0 to 3")
     if pa.type != pb.type or c.ggml_is_quantized(pa.type):
         raise bad_type("concat", "both must have one unquantised type", [("a", a), ("b", b)])
     for i in range(4):
@@ -169,92 +72,12 @@ def pad(Context ctx not None, Tensor a not None, int p0, int p1, int p2, int p3)
     return result(ctx, c.ggml_pad(ctx.room(1), pa, p0, p1, p2, p3), a)
 
 
-include "ops_activations.pxi"
-
-
-def mul_mat(Context ctx not None, Tensor a not None, Tensor b not None):
-    """Return b times a-transposed as F32 [a.ne1, b.ne1, b.ne2, b.ne3].
-
-    a: weights [k, m, ...], not transposed.  b: activations [k, n, ...], F32, or F16 or BF16 if a is; contiguous rows.
-    Raises: ShapeError if k differs or b is not a multiple of a in ne2/ne3.
-    Wraps: ggml_mul_mat.
-    """
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
-    check_weights("mul_mat", pa, pb, operands)
-    if pa.ne[2] == 0 or pa.ne[3] == 0 or pb.ne[2] % pa.ne[2] or pb.ne[3] % pa.ne[3]:
-        raise bad_shape("mul_mat", "b is not a multiple of a in ne2 and ne3", operands)
-    check_size("mul_mat", <double> pa.ne[1] * pb.ne[1] * pb.ne[2] * pb.ne[3], operands)
-    return result(ctx, c.ggml_mul_mat(ctx.room(1), pa, pb), a, b)
-
-
-def mul_mat_set_prec_f32(Tensor a not None):
-    """Return a, the result of mul_mat or flash_attn_ext, to be accumulated in F32.  Wraps: ggml_prec_set_acc."""
-    if not c.ggml_prec_set_acc(a.ptr(), c.GGML_PREC_F32):
-        raise ShapeError(f"mul_mat_set_prec_f32: the op {a.op} has no such setting")
-    return a
-
-
-def mul_mat_set_hadamard(Tensor a not None):
-    """Return a, a result of mul_mat whose first operand is a Hadamard matrix; its data is then not read.
-
-    Raises: ShapeError unless that is square with a power of two rows.
-    Wraps: ggml_mul_mat_set_hint.
-    """
-    cdef c.ggml_tensor * pa = a.ptr()
-    if pa.op != c.GGML_OP_MUL_MAT:
-        raise ShapeError(f"mul_mat_set_hadamard: {a.op} is not MUL_MAT")
-    cdef int64_t n = pa.src[0].ne[0]
-    if n != pa.ne[0] or n < 1 or n & (n - 1):
-        raise ShapeError(f"mul_mat_set_hadamard: {[n, pa.ne[0]]} is not square with a power of two rows")
-    if not is_float(pa.src[1]):
-        raise DTypeError("mul_mat_set_hadamard: the second operand of mul_mat must be F32 or F16")
-    c.ggml_mul_mat_set_hint(a.ptr(), c.GGML_HINT_SRC0_IS_HADAMARD)
-    return a
-
-
-def mul_mat_id(Context ctx not None, Tensor as_ not None, Tensor b not None, Tensor ids not None):
-    """Return, for each token, b times the transposed matrices that ids names, F32 [m, n_ids, n_tokens].
-
-    as_: experts' weights [k, m, n_expert].  b: F32 [k, n_ids or 1, n_tokens].  ids: I32 [n_ids, n_tokens], each from 0
-    to n_expert - 1 (checked when the graph is computed, if they are an input).
-    Raises: ShapeError if these do not match.
-    Wraps: ggml_mul_mat_id.
-    """
-    cdef c.ggml_tensor * pa = as_.ptr()
-    cdef c.ggml_tensor * pb = b.ptr()
-    cdef c.ggml_tensor * pi = ids.ptr()
-    operands = [("as", as_), ("b", b), ("ids", ids)]
-    check_weights("mul_mat_id", pa, pb, operands)
-    if pi.type != c.GGML_TYPE_I32 or pb.type != c.GGML_TYPE_F32:
-        raise bad_type("mul_mat_id", "b must be F32, ids I32", operands)
-    if pa.ne[2] == 0 or pa.ne[3] != 1 or pb.ne[3] != 1 or pi.ne[2] != 1 or pi.ne[3] != 1:
-        raise bad_shape("mul_mat_id", "as and b have three dimensions, ids two", operands)
-    if pi.ne[1] != pb.ne[2] or pb.ne[1] == 0 or pi.ne[0] % pb.ne[1]:
-        raise bad_shape("mul_mat_id", "ids must have a list for each token of b", operands)
-    check_size("mul_mat_id", <double> pa.ne[1] * pi.ne[0] * pb.ne[2], operands)
-    return result(ctx, c.ggml_mul_mat_id(ctx.room(1), pa, pb, pi), as_, b, ids)
-
-
-def add_id(Context ctx not None, Tensor a not None, Tensor b not None, Tensor ids not None):
-    """Return a with row ids[i, j] of b added to a[:, i, j].
-
-    a: F32 [n, n_ids, n_tokens].  b: F32 [n, n_expert].  ids: I32 [n_ids, n_tokens].
-    Raises: ShapeError if these do not match.
-    Wraps: ggml_add_id.
-    """
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pb = b.ptr()
-    cdef c.ggml_tensor * pi = ids.ptr()
-    operands = [("a", a), ("b", b), ("ids", ids)]
-    if pi.type != c.GGML_TYPE_I32 or pa.type != c.GGML_TYPE_F32 or pb.type != c.GGML_TYPE_F32:
-        raise bad_type("add_id", "a and b must be F32, ids I32", operands)
-    if pa.ne[0] != pb.ne[0] or pa.ne[1] != pi.ne[0] or pa.ne[2] != pi.ne[1] or pb.ne[1] == 0:
-        raise bad_shape("add_id", "shapes do not match", operands)
-    if not has_rows(pa) or not has_rows(pb):
-        raise bad_shape("add_id", "the rows of a and b must be contiguous", operands)
-    return result(ctx, c.ggml_add_id(ctx.room(1), pa, pb, pi), a, b, ids)
+cdef int fill(int64_t * dims, str op, Tensor a, tuple ne) except -1:
+    """Fill dims from ne, padded with ones, and check that it holds as many elements as a."""
+    read_ne(dims, op, ne)
+    if dims[0] * dims[1] * dims[2] * dims[3] != c.ggml_nelements(a.ptr()):
+        raise bad_shape(op, f"{list(ne)} has another number of elements", [("a", a)])
+    return check_blocks(op, a.ptr().type, dims[0], a)
 
 
 def cast(Context ctx not None, Tensor a not None, type):
@@ -264,9 +87,25 @@ def cast(Context ctx not None, Tensor a not None, type):
     become each other.
     Wraps: ggml_cast.
     """
-    cdef int t = Type(type)
-    check_cast(a.ptr(), <c.ggml_type> t, a)
-    return result(ctx, c.ggml_cast(ctx.room(1), a.ptr(), <c.ggml_type> t), a)
+    cdef c.ggml_type t = type_of(type)
+    check_cast(a.ptr(), t, a)
+    return result(ctx, c.ggml_cast(ctx.room(1), a.ptr(), t), a)
+
+
+cdef int check_cast(c.ggml_tensor * pa, c.ggml_type type, Tensor a) except -1:
+    """Check that kernels can convert a to `type`."""
+    cdef bint ok
+    if pa.type == type or (pa.type == c.GGML_TYPE_I32 and type == c.GGML_TYPE_F32):
+        ok = True
+    elif is_float(pa) or pa.type == c.GGML_TYPE_BF16:
+        ok = is_writable(type) or (pa.type == c.GGML_TYPE_F32 and type == c.GGML_TYPE_I32)
+    else:
+        ok = is_weight(pa) and type == c.GGML_TYPE_F32
+    if not ok:
+        raise bad_type("cast", f"cannot convert to {type_name(type)}", [("a", a)])
+    if c.ggml_is_quantized(type) and not has_rows(pa):
+        raise bad_shape("cast", "the rows of a must be contiguous", [("a", a)])
+    return check_blocks("cast", type, pa.ne[0], a)
 
 
 def cont(Context ctx not None, Tensor a not None, *ne):
@@ -335,7 +174,7 @@ def permute(Context ctx not None, Tensor a not None, int axis0, int axis1, int a
     Wraps: ggml_permute.
     """
     if sorted((axis0, axis1, axis2, axis3)) != [0, 1, 2, 3]:
-        raise ShapeError(f"permute: {axis0}, {axis1}, {axis2}, {axis3} is not a permutation of 0, 1, 2, 3")
+        raise bad_value("permute", f"{axis0}, {axis1}, {axis2}, {axis3} is not a permutation of 0, 1, 2, 3")
     if axis0 != 0 and c.ggml_blck_size(a.ptr().type) > 1:
         raise bad_shape("permute", "the rows of a quantised a must stay", [("a", a)])
     return result(ctx, c.ggml_permute(ctx.room(1), a.ptr(), axis0, axis1, axis2, axis3), a)
@@ -404,6 +243,3 @@ def argsort_top_k(Context ctx not None, Tensor a not None, int k):
     if not 1 <= k <= a.ptr().ne[0] or a.ptr().ne[0] > 0x7FFFFFFF:
         raise bad_shape("argsort_top_k", f"k = {k} is not from 1 to ne0", [("a", a)])
     return result(ctx, c.ggml_argsort_top_k(ctx.room(2), a.ptr(), k), a)
-
-
-include "ops_attention.pxi"
