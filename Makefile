@@ -18,7 +18,7 @@ test:
 lint:
 	$(PYTHON) -m venv $(LINT)
 	$(LINT)/bin/pip install --disable-pip-version-check --quiet 'ruff==0.17.6' 'mypy==2.4.1' 'cython-lint==0.22.1' \
-	    'import-linter==2.16' jinja2 numpy prompt_toolkit rich
+	    'import-linter==2.16' jinja2 llguidance numpy prompt_toolkit rich
 	$(LINT)/bin/ruff check
 	$(LINT)/bin/ruff format --check
 	PATH="$(CURDIR)/$(LINT)/bin:$$PATH" cython-lint --max-line-length 120 pyggml_adapt/ggml

@@ -5,6 +5,6 @@ Source: llama.cpp src/llama-sampler.cpp, common/sampling.cpp (the order of the d
 
 from pyggml_adapt.runtime.sampling.dry import Breakers, find_breakers
 from pyggml_adapt.runtime.sampling.params import SamplerParams
-from pyggml_adapt.runtime.sampling.sampler import Sampler
+from pyggml_adapt.runtime.sampling.sampler import Constraint, Sampler
 
-__all__ = ["Breakers", "Sampler", "SamplerParams", "find_breakers"]
+__all__ = ["Breakers", "Constraint", "Sampler", "SamplerParams", "find_breakers"]

@@ -5,6 +5,7 @@ Source: llama.cpp common/common.h, `common_params_sampling` (defaults); tools/se
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pyggml_adapt.errors import ParameterError
 from pyggml_adapt.runtime.sampling.dry import MAX_BREAKER_NBYTES
 
 MAX_BIAS = 1e6
+_CONSTRAINTS = {"json_schema": 1 << 17, "regex": 1 << 13, "grammar": 1 << 16}  # name -> bytes at most
 _MAX_COUNT = 1 << 30
 _LIMITS: tuple[tuple[str, type[Any], float, float], ...] = (
     ("temperature", Real, 0, 10000),
@@ -62,6 +64,9 @@ class SamplerParams:
     mirostat: 2 for Mirostat 2.0, which aims at mirostat_tau bits of surprise at the rate mirostat_eta, in place of all
     steps but logit_bias and temperature; 0 for none.
     min_keep: tokens that typical_p, top_p, min_p and XTC keep at least.
+    json_schema, regex, grammar: at most one of them, which the whole output then meets; tokens that would not do are
+    left out before all steps.  json_schema: a JSON Schema as a dictionary or as text, True for any JSON; kept as text.
+    grammar: GBNF or llguidance's Lark.
     """
 
     temperature: float = 0.8
@@ -89,6 +94,9 @@ class SamplerParams:
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
     min_keep: int = 0
+    json_schema: Mapping[str, Any] | str | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind, least, most in _LIMITS:
@@ -102,11 +110,19 @@ class SamplerParams:
             raise ParameterError(f"mirostat = {self.mirostat!r} is neither 0 nor 2, the version that there is")
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         object.__setattr__(self, "dry_sequence_breakers", _breakers(self.dry_sequence_breakers))
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        _check_constraints({name: getattr(self, name) for name in _CONSTRAINTS})
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
         """Token ids, ascending, and what is added to their logits."""
         return cast(tuple[tuple[int, float], ...], self.logit_bias)  # as __post_init__ has left it
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """What the output must meet: "json_schema", "regex" or "grammar", and its text; None for anything."""
+        given = ((name, getattr(self, name)) for name in _CONSTRAINTS)
+        return next(((name, text) for name, text in given if text is not None), None)
 
     @property
     def penalizes(self) -> bool:
@@ -164,3 +180,35 @@ def _breakers(texts: object) -> tuple[str, ...]:
                 f"dry_sequence_breakers: {text!r} is of {nbytes} bytes, not of 1 to {MAX_BREAKER_NBYTES}"
             )
     return tuple(texts)
+
+
+def _schema_text(schema: object) -> str | None:
+    """Return a JSON Schema as text; True is the schema that all JSON meets."""
+    if schema is None:
+        return None
+    if not isinstance(schema, Mapping | str | bool):
+        raise ParameterError(f"json_schema: {type(schema).__name__} is neither a dictionary, text, nor True")
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(dict(value) if isinstance(value, Mapping) else value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ParameterError(f"json_schema: it is not JSON: {error}") from None
+    if not isinstance(value, Mapping | bool):
+        raise ParameterError("json_schema: the text is JSON, but neither an object nor true or false")
+    return "{}" if value is True else text
+
+
+def _check_constraints(given: Mapping[str, object]) -> None:
+    """Raise ParameterError if there is more than one, or one that is no text, or too long."""
+    texts = {name: text for name, text in given.items() if text is not None}
+    if len(texts) > 1:
+        raise ParameterError(f"{' and '.join(texts)} are given: the output can meet one of them only")
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ParameterError(f"{name}: {type(text).__name__} is not text")
+        try:
+            nbytes = len(text.encode())
+        except UnicodeEncodeError:
+            raise ParameterError(f"{name}: it has a lone surrogate") from None
+        if nbytes > _CONSTRAINTS[name]:
+            raise ParameterError(f"{name}: it has {nbytes} bytes, more than {_CONSTRAINTS[name]}")

@@ -6,6 +6,7 @@ Source: llama.cpp common/sampling.cpp, `common_sampler_init` (order); src/llama-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from pyggml_adapt.runtime.sampling.params import SamplerParams
 from pyggml_adapt.runtime.sampling.steps import Candidates
 
 _NO_BREAKERS: Breakers = {}
+
+
+class Constraint(Protocol):
+    """What is asked of what the output must meet."""
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """Return F32 logits with -inf for the tokens that may not follow.  Raises: TokenError if none may."""
+
+    def accept(self, token: int) -> None:
+        """Take the next token."""
 
 
 def uniform(seed: int | None) -> Callable[[], float]:
@@ -36,9 +47,14 @@ class Sampler:
         params: SamplerParams,
         breakers: Breakers = _NO_BREAKERS,
         random: Callable[[], float] | None = None,
+        constraint: Constraint | None = None,
     ):
-        """breakers: DRY's, as find_breakers() returns them.  random: by default uniform() of the seed."""
+        """breakers: DRY's, as find_breakers() returns them.  random: by default uniform() of the seed.
+
+        constraint: of this generation only; it is given each token that is drawn.
+        """
         self.params = params
+        self._constraint = constraint
         self.mu = np.float32(2 * params.mirostat_tau)
         self._breakers = breakers
         self._ids = np.arange(0)  # of the whole vocabulary
@@ -55,8 +71,14 @@ class Sampler:
     def sample(self, logits: np.ndarray, recent: Sequence[int]) -> int:
         """Return the next token id.  logits: F32 [n_vocab], not changed.  recent: the tokens so far.
 
-        Raises: TokenError if the logits leave none, since all are -inf or one is not a number.
+        Raises: TokenError if the logits leave none, since all are -inf or one is not a number, or the constraint does.
         """
+        token = self._sample(logits, recent)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        return token
+
+    def _sample(self, logits: np.ndarray, recent: Sequence[int]) -> int:
         if self._is_greedy:
             logits = self._adjust(logits, recent)
             best = int(np.argmax(logits))
@@ -85,8 +107,10 @@ class Sampler:
             return candidates.ids, steps.final_softmax(candidates)
 
     def _adjust(self, logits: np.ndarray, recent: Sequence[int]) -> np.ndarray:
-        """Return logits with biases, penalties, and DRY's penalties."""
+        """Return logits of the tokens that may follow, with biases, penalties, and DRY's penalties."""
         p = self.params
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
         if p.biases:
             logits = steps.bias(logits, p.biases)
         if p.penalizes:
