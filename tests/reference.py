@@ -75,6 +75,18 @@ class Reference:
         rows = [np.ctypeslib.as_array(lib.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)) for i in out_ids]
         return np.array(rows)
 
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens to sequence 0 and return their embeddings, F32 [n_tokens, n_embd]; params: embeddings=True."""
+        n, n_embd = len(ids), lib.llama_model_n_embd(self.model)
+        self.eval(ids, all_logits=True)
+        return np.array([np.ctypeslib.as_array(lib.llama_get_embeddings_ith(self.ctx, i), (n_embd,)) for i in range(n)])
+
+    def embed_pooled(self, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens to sequence 0 and return their one embedding; params: embeddings=True, pooling_type."""
+        self.eval(ids, all_logits=True)
+        pooled = lib.llama_get_embeddings_seq(self.ctx, 0)
+        return np.array(np.ctypeslib.as_array(pooled, (lib.llama_model_n_embd(self.model),)))
+
     def set_loras(self, loras: Mapping[Path, float]) -> None:
         """Let low-rank files count, each with its factor, in all evaluations from now on."""
         adapters = [lib.llama_adapter_lora_init(self.model, str(path).encode()) for path in loras]

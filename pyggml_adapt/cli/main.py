@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pyggml_adapt.cli import bake, bench, chat, info, inspect, link, merge, perplexity, run, split, verify
+from pyggml_adapt.cli import bake, bench, chat, embed, info, inspect, link, merge, perplexity, run, split, verify
 from pyggml_adapt.errors import Error
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 on wrong usage
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("pyggml-adapt", description="Many fine-tuned models from one shared foundation.")
     top.add_argument("--version", action="version", version=f"pyggml-adapt {version('pyggml_adapt')}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (split, merge, bake, verify, link, inspect, run, chat, perplexity, bench, info):
+    for module in (split, merge, bake, verify, link, inspect, run, chat, embed, perplexity, bench, info):
         module.add_parser(commands, common)
     return top
 

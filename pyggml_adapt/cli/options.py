@@ -77,6 +77,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="add to a token id's logit, as 15043+1 or 15043-inf; repeatable",
     )
     parser.add_argument("--seed", type=int, default=None, metavar="N", help="seed (default, and -1: another each time)")
+    _add_constraint_options(parser.add_mutually_exclusive_group())
+
+
+def _add_constraint_options(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument(
+        "-j", "--json-schema", metavar="SCHEMA", help='the output is JSON that meets this schema, "{}" for any JSON'
+    )
+    group.add_argument("-jf", "--json-schema-file", metavar="FILE", help="as --json-schema, from a file")
+    group.add_argument("--regex", metavar="REGEX", help="the output matches this regular expression, all of it")
+    group.add_argument("--grammar", metavar="GRAMMAR", help="the output is in this grammar, GBNF or Lark")
+    group.add_argument("--grammar-file", metavar="FILE", help="as --grammar, from a file")
 
 
 _SAMPLING: tuple[tuple[tuple[str, ...], str, float, str], ...] = (  # flags, field of SamplerParams, default, help
@@ -174,7 +185,17 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     biases: dict[int, float] = {}
     for token, bias in args.logit_bias:  # what is given twice counts twice, as in llama.cpp
         biases[token] = biases.get(token, 0.0) + bias
-    return {**values, "logit_bias": biases}
+    return {**values, "logit_bias": biases, **_constraint(args)}
+
+
+def _constraint(args: argparse.Namespace) -> dict[str, str]:
+    """Return json_schema, regex or grammar if one is given.  Raises: as read_file()."""
+    given = {name: getattr(args, name) for name in ("json_schema", "regex", "grammar")}
+    if args.json_schema_file is not None:
+        given["json_schema"] = read_file(args.json_schema_file, "the JSON Schema")
+    if args.grammar_file is not None:
+        given["grammar"] = read_file(args.grammar_file, "the grammar")
+    return {name: text for name, text in given.items() if text is not None}
 
 
 def read_file(path: str, what: str) -> str:

@@ -152,10 +152,11 @@ class Model:
         """Return whether a context of n_ctx tokens, padded, takes LongRoPE's factors for long ones."""
         return "longrope" in self.rope_factors and n_ctx > self.hp.n_ctx_orig_yarn
 
-    def build(self, g: GraphBuilder, w: Weights, first_layer: int = 0) -> Tensor | None:
+    def build(self, g: GraphBuilder, w: Weights, first_layer: int = 0, *, with_head: bool = True) -> Tensor | None:
         """Return the logits F32 [n_vocab, n_outputs]; None, with only the cache written, if there are no outputs.
 
         first_layer: where the graph starts: from tokens if 0, else from that layer's input; from the head's if n_layer.
+        with_head: False for the normed hidden states that the head makes logits of, F32 [n_embd, n_outputs].
         """
         cur = self.build_inp(g, w) if g.inputs.embd is None else g.inputs.embd
         for il in range(first_layer, self.hp.n_layer):
@@ -166,7 +167,7 @@ class Model:
             cur = out
         g.layer_inp[self.hp.n_layer] = cur
         cur = g.named(g.norm(cur, w.output_norm, bias=w.output_norm_b), "result_norm")
-        return g.named(g.soft_capped(self.build_head(g, w, cur)), "result_output")
+        return g.named(g.soft_capped(self.build_head(g, w, cur)), "result_output") if with_head else cur
 
     def build_inp(self, g: GraphBuilder, w: Weights) -> Tensor:
         """Return the input of layer 0, [n_embd, n_tokens]."""

@@ -21,10 +21,11 @@ class UBatch:
     first_layer, embd: if not 0, the layer to start from (n_layer: the head), with its input, F32 [n_tokens, n_embd].
     states: layer -> array of the same kind that the input of that layer is written into; of the head's (n_layer) the
     rows of out_ids only.
-    stores: whether there is K and V to store: not for the head alone.
+    stores: whether there is K and V to store: not for the head alone.  with_head: False if what is wanted are not
+    logits but the normed hidden states that the head makes them of.
     """
 
-    __slots__ = ("_cache", "cells", "embd", "first_layer", "out_ids", "pos", "seq_id", "states", "tokens")
+    __slots__ = ("_cache", "cells", "embd", "first_layer", "out_ids", "pos", "seq_id", "states", "tokens", "with_head")
 
     def __init__(
         self,
@@ -38,10 +39,11 @@ class UBatch:
         embd: np.ndarray | None = None,
         states: Mapping[int, np.ndarray] = _NO_STATES,
         stores: bool = True,
+        with_head: bool = True,
     ):
         self._cache = cache
         self.tokens, self.pos, self.seq_id, self.out_ids = tokens, pos, seq_id, out_ids
-        self.first_layer, self.embd, self.states = first_layer, embd, states
+        self.first_layer, self.embd, self.states, self.with_head = first_layer, embd, states, with_head
         self.cells: Sequence[np.ndarray] = cache.find_slot(len(tokens)) if stores else ()
 
     @property
@@ -51,13 +53,13 @@ class UBatch:
 
     @property
     def n_outputs(self) -> int:
-        """Return how many tokens' logits are wanted."""
+        """Return how many tokens' logits, or hidden states, are wanted."""
         return len(self.out_ids)
 
     @property
-    def part(self) -> tuple[int, tuple[int, ...]]:
-        """Return the layer to start from, and those whose inputs are wanted."""
-        return self.first_layer, tuple(self.states)
+    def part(self) -> tuple[int, tuple[int, ...], bool]:
+        """Return the layer to start from, those whose inputs are wanted, and whether logits are."""
+        return self.first_layer, tuple(self.states), self.with_head
 
     def store(self) -> None:
         """Mark the cells as its own."""
@@ -94,7 +96,8 @@ class Step:
     n_tokens = n_outputs = 1
     first_layer = 0
     states = _NO_STATES
-    part: tuple[int, tuple[int, ...]] = (0, ())
+    with_head = True
+    part: tuple[int, tuple[int, ...], bool] = (0, (), True)
 
     def __init__(self, cache: KVCache, token: int, pos: int, cells: Sequence[int]):
         self._cache, self.token, self.pos, self.cells = cache, token, pos, cells

@@ -39,8 +39,9 @@ class Program:
         flash_attn: bool,
         first_layer: int = 0,
         boundaries: Collection[int] = (),
+        with_head: bool = True,
     ):
-        """first_layer: as in Model.build().  boundaries: layers above it whose inputs are wanted too."""
+        """first_layer, with_head: as in Model.build().  boundaries: layers above it whose inputs are wanted."""
         hp = model.hp
         n_pairs = sum(map(len, weights.pairs.values()))
         # nodes and leaves, with room to spare
@@ -65,9 +66,9 @@ class Program:
         v_l = {il: self._cache_slots.add(v) for il, v in cache.v_l.items()}
         w = Weights(self._weight_slots, weights)
         builder = GraphBuilder(ctx, self.graph, hp, self.inputs, w, n_ctx=cache.n_cells, k_l=k_l, v_l=v_l)
-        self.logits = model.build(builder, w, first_layer)
-        if self.logits is not None:
-            self.graph.expand(self.logits.set_output())
+        self.result = model.build(builder, w, first_layer, with_head=with_head)
+        if self.result is not None:
+            self.graph.expand(self.result.set_output())
         self._states = {il: self.graph.expand(builder.layer_inp[il].set_output()) for il in boundaries}
         self._allocr = GAllocr(buffer_type)
         self._allocr.alloc_graph(self.graph)
@@ -95,9 +96,9 @@ class Program:
             self._weights = None
 
     def run(self, backend: Backend, batch: UBatch | Step, out: np.ndarray | None) -> None:
-        """Compute `batch` and write the logits into out, F32 [n_outputs, n_vocab].  Releases the GIL."""
+        """Compute `batch` and write what it wants into out, see Engine.eval().  Releases the GIL."""
         batch.fill(self.inputs)
-        self.graph.compute(backend, self.logits, out)
+        self.graph.compute(backend, self.result, out)
         for il, state in self._states.items():
             state.get_data(batch.states[il])
 
@@ -124,6 +125,7 @@ class Engine:
     ) -> None:
         """Evaluate `batch`: its K and V go into the cache, its logits into out, F32 [n_outputs, n_vocab].
 
+        Of a batch without head these are its normed hidden states, F32 [n_outputs, n_embd].
         If it fails, the cells that were empty before are empty; a window's may have been overwritten.
         Raises: AdaptorError (adaptor_changed, foundation_changed) if a mapped file is not what it was; ClosedError.
         """
@@ -173,6 +175,7 @@ class Engine:
                 flash_attn=self.flash_attn,
                 first_layer=batch.first_layer,
                 boundaries=batch.states,
+                with_head=batch.with_head,
             )
             self._programs[key] = program
         self._programs.move_to_end(key)

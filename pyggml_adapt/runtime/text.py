@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pyggml_adapt.errors import BusyError, ContextFullError, ParameterError
-from pyggml_adapt.runtime.sampling import Breakers, SamplerParams, find_breakers
-from pyggml_adapt.runtime.session import Generation, Session, Timings
+from pyggml_adapt.errors import ContextFullError, ParameterError, TokenError
+from pyggml_adapt.runtime.embeddings import pooling_type
+from pyggml_adapt.runtime.generation import Generation, Timings
+from pyggml_adapt.runtime.logprobs import TokenLogprob
+from pyggml_adapt.runtime.sampling import Breakers, Constraint, SamplerParams, find_breakers
+from pyggml_adapt.runtime.session import Session
 from pyggml_adapt.text import ChatTemplate, Renderer, StopStrings, Tokenizer
 from pyggml_adapt.text.chat import KEY as CHAT_TEMPLATE
 
+NO_TOKENS = "the prompt has no tokens: give some text, or token ids, to go on from"
+
 
 class TaskText:
-    """How one task reads and writes: its tokenizer, its chat template, and its longest context."""
+    """How one task reads and writes: its tokenizer, its chat template, its longest context, and its pooling_type()."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, renderer: Renderer, n_ctx_train: int):
-        self.tokenizer, self.template, self.n_ctx_train = tokenizer, template, n_ctx_train
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, renderer: Renderer, n_ctx_train: int, pooling: object
+    ):
+        self.tokenizer, self.template, self.n_ctx_train, self.pooling = tokenizer, template, n_ctx_train, pooling
         self._renderer = renderer
 
     def render(
@@ -49,6 +57,12 @@ class TaskText:
             raise ParameterError("the chat template makes no text of these messages")
         return ids
 
+    def constraint(self, name: str, text: str) -> Constraint:
+        """Return what the output must meet, see SamplerParams.constraint.  Raises: ParameterError if nothing does."""
+        from pyggml_adapt.text import constraint  # here, since llguidance is slow to import
+
+        return constraint.Constraint(self.tokenizer, name, text)
+
 
 class Texts:
     """The texts of tasks by the metadata that they are made from, so that equal vocabularies share a tokenizer."""
@@ -64,7 +78,8 @@ class Texts:
         if key not in self._tokenizers:
             self._tokenizers[key] = Tokenizer.from_metadata(metadata)
         tokenizer = self._tokenizers[key]
-        return TaskText(tokenizer, ChatTemplate.from_metadata(metadata, tokenizer), self._renderer, n_ctx_train)
+        template = ChatTemplate.from_metadata(metadata, tokenizer)
+        return TaskText(tokenizer, template, self._renderer, n_ctx_train, pooling_type(metadata))
 
     def close(self) -> None:
         """End the process that renders templates."""
@@ -96,6 +111,8 @@ class TextSession(Session):
         max_tokens: int | None = 128,
         stop: Sequence[str] = (),
         parse_special: bool = False,
+        logprobs: int | None = None,
+        score_prompt: bool = False,
         **sampling: Any,
     ) -> TextGeneration:
         """Return an iterator over pieces of the text that follows `prompt`; sampling: fields of SamplerParams.
@@ -103,14 +120,35 @@ class TextSession(Session):
         prompt: text, or token ids.  Special tokens (BOS) are added to text at the session's start only.
         max_tokens: None for as many as fit.  stop: strings that end the text before them, also where they begin or end
         within a token.  parse_special: whether names of special tokens in the text mean these.
+        logprobs: keep the log-probability of each token, and so many most probable ones, up to 100, in
+        TextGeneration.logprobs; score_prompt: and for the prompt's tokens in TextGeneration.prompt_logprobs.
         Raises: ContextFullError at once if the prompt does not fit; ParameterError, TokenizerError, TokenError.
         """
         params, stops = sampler_params(sampling), stop_strings(stop)
-        tokenizer = self._tokenizer()
-        if isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt, add_special=self.n_past == 0, parse_special=parse_special)
-        ids = self.generate_ids(prompt, max_tokens=max_tokens, params=params, stop_ids=tokenizer.eog_ids)
-        return TextGeneration(ids, tokenizer, stops)
+        ids = self._prompt(prompt, add_special=self.n_past == 0, parse_special=parse_special, may_be_empty=True)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "score_prompt": score_prompt}
+        return self._generate(ids, stops, params=params, **options)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 128,
+        stop: Sequence[str] = (),
+        parse_special: bool = False,
+        logprobs: int | None = None,
+        **sampling: Any,
+    ) -> TextGeneration:
+        """Return an iterator over pieces of the text that follows `prompt`, which stands for the whole session.
+
+        Of the session's tokens those stay that the prompt begins with too, and only the rest is evaluated: see reuse().
+        Nothing is forgotten before the iteration begins.  prompt: text, to which special tokens (BOS) are added, or
+        token ids.  The rest as in generate().
+        Raises: as generate().
+        """
+        params, stops = sampler_params(sampling), stop_strings(stop)
+        ids = self._prompt(prompt, parse_special=parse_special)
+        return self._generate(ids, stops, params=params, max_tokens=max_tokens, logprobs=logprobs, whole=True)
 
     def chat(
         self,
@@ -118,32 +156,57 @@ class TextSession(Session):
         *,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
         **options: Any,
     ) -> TextGeneration:
         """Return an iterator over pieces of the reply to a whole conversation, each message with role and content.
 
-        Of the session's tokens those stay that the conversation begins with too, and only the rest is evaluated.
-        max_tokens: None for as many as fit.  stop: as in generate().  options: as in Host.chat(), but task and n_ctx.
-        Raises: ContextFullError, ParameterError, TokenizerError; BusyError when it is iterated over, if the session was
-        used in between.
+        Of the session's tokens those stay that the conversation begins with too, and only the rest is evaluated: see
+        reuse().  Nothing is forgotten before the iteration begins.
+        max_tokens: None for as many as fit.  stop, logprobs: as in generate().  options: as in Host.chat(), but task
+        and n_ctx.
+        Raises: ContextFullError, ParameterError, TokenizerError.
         """
         form, sampling = divide(options)
         params, stops = sampler_params(sampling), stop_strings(stop)
-        text = self._text()
-        ids = text.prompt(messages, **form)
+        ids = self._text().prompt(messages, **form)
         check_context(ids, self.n_ctx)
-        shared = next((i for i, (a, b) in enumerate(zip(self._tokens, ids, strict=False)) if a != b), self.n_past)
-        self.rewind(min(shared, len(ids) - 1))  # the last one is evaluated again: its logits are needed
-        kept = self.tokens
-        stop_ids = text.tokenizer.eog_ids
-        reply = self.generate_ids(ids[len(kept) :], max_tokens=max_tokens, params=params, stop_ids=stop_ids)
-        return TextGeneration(reply, text.tokenizer, stops, follows=kept)
+        return self._generate(ids, stops, params=params, max_tokens=max_tokens, logprobs=logprobs, whole=True)
+
+    def _prompt(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        parse_special: bool,
+        add_special: bool = True,
+        may_be_empty: bool = False,
+    ) -> Sequence[int]:
+        """Return the token ids of a prompt, which may be given.  may_be_empty: if the session can go on by itself.
+
+        Raises: TokenError if there are none; TokenizerError.
+        """
+        ids = prompt
+        if isinstance(ids, str):
+            ids = self._tokenizer().encode(ids, add_special=add_special, parse_special=parse_special)
+        if isinstance(ids, Sequence) and not ids and not (may_be_empty and self._can_go_on):
+            raise TokenError(NO_TOKENS)
+        return ids
+
+    def _generate(self, ids: Sequence[int], stops: StopStrings, **options: Any) -> TextGeneration:
+        """Return what follows token ids as text.  options: of generate_ids()."""
+        tokenizer = self._tokenizer()
+        piece_of = functools.partial(tokenizer.token_to_piece, special=True)
+        generation = self.generate_ids(ids, stop_ids=tokenizer.eog_ids, piece_of=piece_of, **options)
+        return TextGeneration(generation, tokenizer, stops)
 
     def _tokenizer(self) -> Tokenizer:
         return self._text().tokenizer
 
     def _breakers(self, params: SamplerParams) -> Breakers:
         return find_breakers(self._tokenizer(), tuple(params.dry_sequence_breakers))
+
+    def _constraint(self, name: str, text: str) -> Constraint:
+        return self._text().constraint(name, text)
 
 
 def sampler_params(sampling: Mapping[str, Any]) -> SamplerParams:
@@ -179,11 +242,14 @@ def check_context(ids: Sequence[int], n_ctx: int) -> None:
 
 
 class TextGeneration:
-    """Iterate over pieces of generated text, each of whole characters; the other attributes are Generation's."""
+    """Iterate over pieces of generated text, each of whole characters; the other attributes are Generation's.
 
-    def __init__(self, ids: Generation, tokenizer: Tokenizer, stops: StopStrings, follows: list[int] | None = None):
-        """follows: the tokens that the session must have when it begins; None for any."""
-        self._ids, self._stops, self._follows = ids, stops, follows
+    `tokens` may be ahead of the text: an unfinished character waits for its end, and what may begin a stop string is
+    held back.  At the end they include those that a stop string cut off.  `logprobs` has one element for each of them.
+    """
+
+    def __init__(self, ids: Generation, tokenizer: Tokenizer, stops: StopStrings):
+        self._ids, self._stops = ids, stops
         self._stream = tokenizer.stream()
         self._pieces = self._run()
 
@@ -202,9 +268,21 @@ class TextGeneration:
         """Return how long the tokens so far took."""
         return self._ids.timings
 
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Return the log-probabilities of the token ids so far; None if they were not asked for."""
+        return self._ids.logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Return the log-probabilities of the prompt's tokens; None if not asked for, or not begun."""
+        return self._ids.prompt_logprobs
+
+    def start(self) -> None:
+        """Evaluate the prompt now: see Generation.start()."""
+        self._ids.start()
+
     def _run(self) -> Iterator[str]:
-        if self._follows is not None and self._ids.session.tokens != self._follows:
-            raise BusyError("this reply cannot begin: its session was used since the conversation was given")
         for token in self._ids:
             if piece := self._stops.feed(self._stream.feed(token)):
                 yield piece

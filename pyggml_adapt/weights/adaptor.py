@@ -271,7 +271,7 @@ class DirectoryAdaptor(Adaptor):
         """Return a bias of the foundation's, F32."""
         self._foundation.check_unchanged()
         tensor = self._foundation.tensors.get(name)
-        return None if tensor is None else tensor.to_numpy()
+        return None if tensor is None else tensor.to_numpy().copy()
 
     def _load(self) -> TensorMemory:
         found = self._read()
