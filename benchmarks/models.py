@@ -77,6 +77,7 @@ class Shape:
 SMALL = Shape("0.1B", n_embd=768, n_layer=12, n_head=12, n_head_kv=4, n_ff=2048)
 LARGE = Shape("1.1B", n_embd=2048, n_layer=22, n_head=32, n_head_kv=4, n_ff=5632)  # TinyLlama's
 THIN = Shape("thin", n_embd=64, n_layer=22, n_head=2, n_head_kv=1, n_ff=64, n_vocab=512)  # next to nothing to compute
+WIDE = replace(THIN, name="thin-152k", n_vocab=151936)  # with a large vocabulary
 SHAPES = {shape.name: shape for shape in (SMALL, LARGE, THIN)}
 TYPES = ("Q4_K_M", "Q8_0", "F16")
 

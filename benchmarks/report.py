@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import report_adaptors
+import report_text
 from markdown_table import table
 
 Results = dict[str, Any]
@@ -303,6 +304,7 @@ def verdicts(results: Results) -> str:
         us = (case["activate"] + max(case["extra"], 0.0)) * 1e3
         rows.append((f"swap, next token's extra included, {name}", "< 200 us", f"{us:.0f} us", us < 200))
     rows += [*_memory_verdicts(results), *report_adaptors.verdicts(results), *_other_verdicts(results)]
+    rows += report_text.verdicts(results)
     return table(
         ["promise", "limit", "found", "holds"],
         [(what, limit, found, "yes" if ok else "**no**") for what, limit, found, ok in rows],
@@ -361,6 +363,10 @@ def markdown(results: Results) -> str:
         report_adaptors.low_rank(results),
         report_adaptors.fork(results),
         report_adaptors.soak(results),
+        report_text.tokenizers(results),
+        report_text.sampling(results),
+        report_text.chats(results),
+        report_text.constraints(results),
         load(results),
         memory(results),
         files(results),

@@ -16,15 +16,16 @@ from typing import Any
 import machine
 import report
 from loras import write_lora
-from models import ARCHITECTURES, LARGE, SHAPES, SMALL, THIN, TYPES, Shape, Store
+from models import ARCHITECTURES, LARGE, SHAPES, SMALL, THIN, TYPES, WIDE, Shape, Store
 from soak import make_adaptors
+from vocabularies import vocabularies
 
 import pyggml_adapt as pga
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("pyggml_adapt", "mmap", "default", "shards")
 N_TASKS = (1, 2, 4)
-PARTS = ("speed", "architectures", "switching", "memory", "adaptors", "soak")
+PARTS = ("speed", "architectures", "switching", "memory", "adaptors", "soak", "text")
 
 
 def say(text: str) -> None:
@@ -164,6 +165,27 @@ def measure_adaptors(store: Store, shapes: list[Shape], quick: bool) -> Iterator
         yield {"files": measure_files(store, shape, quick)}
 
 
+def measure_text(store: Store, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the results on tokenizers, sampling and chats."""
+    paths, origin = vocabularies(store.folder / "vocabularies", say)
+    yield {"vocabularies": origin}
+    rounds = 3 if quick else 5
+    yield {
+        "tokenizing": {
+            name: measure("tokenizing", label=name, path=path, rounds=rounds) for name, path in paths.items()
+        }
+    }
+    wide, small = str(store.model(WIDE, "Q8_0")), str(store.model(SMALL, "Q4_K_M"))
+    yield {"sampling": measure("sampling", path=wide, n_tokens=100 if quick else 400)}
+    yield {"rendering": measure("rendering", n_messages=20, rounds=100)}
+    case = f"{SMALL.name} Q4_K_M"
+    yield {"first_token": {case: measure("first_token", label=case, path=small, rounds=5 if quick else 11)}}
+    cases = {case: small, f"{WIDE.name} Q8_0": wide}
+    vocabulary = next(path for name, path in paths.items() if "152 k" in name)
+    yield {"constraining": measure("constraining", path=vocabulary, rounds=rounds)}
+    yield {"around": {name: measure("around", label=name, path=path, rounds=rounds) for name, path in cases.items()}}
+
+
 def measure_part(part: str, store: Store, shapes: list[Shape], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the results of one of PARTS, piece by piece."""
     if part == "speed":
@@ -176,6 +198,8 @@ def measure_part(part: str, store: Store, shapes: list[Shape], args: argparse.Na
         yield {"memory": measure_memory(store, shapes[-1])}
     elif part == "adaptors":
         yield from measure_adaptors(store, shapes, args.quick)
+    elif part == "text":
+        yield from measure_text(store, args.quick)
     else:
         yield {"soak": measure_soak(store, args.quick)}
 

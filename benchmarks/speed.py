@@ -66,7 +66,7 @@ def speed(path: str, rounds: int, n_decode: int = N_DECODE) -> dict[str, Any]:
     return found
 
 
-class _Timed:
+class Timed:
     """A CGraph whose computations are timed."""
 
     def __init__(self, graph: CGraph):
@@ -80,7 +80,7 @@ class _Timed:
         self.seconds.append(time.perf_counter() - start)
 
 
-def _compute_call_us() -> float:
+def compute_call_us() -> float:
     """Return the microseconds of CGraph.compute for a graph without nodes: what our call around ggml's costs."""
     ctx = Context(Context.size_for(16, 16))
     with Backend(n_threads=1) as backend:
@@ -99,14 +99,14 @@ def overhead(path: str, n_tokens: int) -> dict[str, float]:
         engine.eval(ids)
         engine.eval(ids[:1])
     (program,) = [p for p in ours.host._engine._programs.values() if p.inputs.n_tokens == 1]
-    timed = program.graph = _Timed(program.graph)
+    timed = program.graph = Timed(program.graph)
     whole, other = [], []
     for i in range(-(-n_tokens // 100)):
         for engine, times in ((ours, whole), (llama, other)) if i % 2 else ((llama, other), (ours, whole)):
             engine.reset()
             engine.eval(ids[:8])
             times += [seconds(partial(engine.eval, [token])) for token in ids[8:]]
-    call = _compute_call_us()
+    call = compute_call_us()
     outside = statistics.median(w - t for w, t in zip(whole, timed.seconds, strict=True)) * 1e6 + call
     result = {
         "ours_us": statistics.median(whole) * 1e6,

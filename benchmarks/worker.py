@@ -19,6 +19,12 @@ MODULES = {
     "soak": "soak",
     "memory": "memory",
     "files": "files",
+    "tokenizing": "tokenizing",
+    "sampling": "sampling",
+    "rendering": "chatting",
+    "first_token": "chatting",
+    "around": "chatting",
+    "constraining": "constraining",
 }
 
 

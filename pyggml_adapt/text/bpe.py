@@ -22,6 +22,7 @@ BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32  # characters; longer words seldom come twice
+_N_TOGETHER = 4096  # parts of a text
 
 
 class BpeEncoder:
@@ -47,21 +48,28 @@ class BpeEncoder:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, valid Unicode without special tokens."""
         ids: list[int] = []
-        get = self._parts.get
-        for part in self._splitter.parts(text):
-            ids += get(part) or self._encode_part(part)
+        parts = self._splitter.parts(text)
+        for start in range(0, len(parts), _N_TOGETHER):
+            some = parts[start : start + _N_TOGETHER]
+            known = list(map(self._parts.get, some))
+            new = self._encode_parts([part for part, its in zip(some, known, strict=True) if its is None])
+            for part, its in zip(some, known, strict=True):
+                ids += new[part] if its is None else its
         return ids
 
-    def _encode_part(self, part: str) -> list[int]:
-        words = self._splitter.words(part)
-        if len(words) == 1:
-            ids = self._encode_word(part)
-        else:
-            get = self._words.get
-            ids = []
-            for word in words:
-                ids += get(word) or _keep(self._words, word, self._encode_word(word))
-        return _keep(self._parts, part, ids)
+    def _encode_parts(self, parts: list[str]) -> dict[str, list[int]]:
+        """Return the ids of each part; together, since to cut many into words takes not much longer than to cut one."""
+        parts = list(dict.fromkeys(parts))
+        get, found = self._words.get, {}
+        for part, words in zip(parts, self._splitter.words(parts), strict=True):
+            if len(words) == 1:
+                ids = self._encode_word(part)
+            else:
+                ids = []
+                for word in words:
+                    ids += get(word) or _keep(self._words, word, self._encode_word(word))
+            found[part] = _keep(self._parts, part, ids)
+        return found
 
     def _merger(self, bpe: Callable[..., BPE], merges: list[tuple[str, str]]) -> BPE:
         extra = {text: self._n_vocab + i for i, text in enumerate(self._extra)}

@@ -237,22 +237,34 @@ class Splitter:
 
     def parts(self, text: str) -> list[str]:
         """Return the parts of `text`, valid Unicode, of which each is a word or several."""
-        return _cut(text, self._coarse)
+        return _cut([text], self._coarse)
 
-    def words(self, part: str) -> list[str]:
-        """Return the words of a part."""
-        return _cut(part, self._fine) if self._fine else [part]
+    def words(self, parts: list[str]) -> list[list[str]]:
+        """Return the words of each part."""
+        if not self._fine:
+            return [[part] for part in parts]
+        words, found = iter(_cut(parts, self._fine)), []
+        for part in parts:
+            left, its = len(part), []
+            while left:
+                word = next(words)
+                its.append(word)
+                left -= len(word)
+            found.append(its)
+        return found
 
 
-def _cut(text: str, steps: list[_Step]) -> list[str]:
+def _cut(texts: list[str], steps: list[_Step]) -> list[str]:
+    """Return the words of texts, none of which goes across their ends."""
+    text = "".join(texts)
     if text.isascii():
-        words = [text]
+        words = texts
         for _, cut in steps:
             words = [word for part in words for word in cut(part)]
         return words
     plain = _BEYOND_ASCII.sub(_SPACE, text)
     collapsed = _collapse(text) if any(by_category for by_category, _ in steps) else ""
-    lengths = [len(text)]
+    lengths = list(map(len, texts))
     for by_category, cut in steps:
         parts = _pieces(collapsed if by_category else plain, lengths)
         lengths = [len(word) for part in parts for word in cut(part)]
@@ -289,6 +301,8 @@ def _compile(rule: Rule) -> Callable[[str], list[str]]:
 
     def cut(text: str) -> list[str]:
         words: list[str] = find(text)  # half the time of split, but without what lies between
+        if not words:
+            return [text] if text else []
         return words if sum(map(len, words)) == len(text) else list(filter(None, split(text)))
 
     return cut

@@ -32,7 +32,7 @@ class Tokenizer:
         self._vocab = vocab
         self._encoder = encoder
         self._is_spm = vocab.model == "llama"
-        self._pieces: dict[int, bytes] = {}
+        self._shown, self._plain = _Pieces(vocab, special=True), _Pieces(vocab, special=False)
         special = [i for i, attr in enumerate(vocab.attrs) if attr & (CONTROL | USER_DEFINED | UNKNOWN)]
         special.sort(key=lambda i: -len(vocab.tokens[i].encode()))
         self._special = _Finder([(vocab.tokens[i], i) for i in special])
@@ -133,13 +133,7 @@ class Tokenizer:
 
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of one token, which may be a part of a character; of a control token only if `special`."""
-        try:
-            piece = self._pieces[token]
-        except KeyError:
-            piece = self._pieces[token] = self._make_piece(token)
-        if not special and self._vocab.attrs[token] & (CONTROL | UNKNOWN):
-            return b""
-        return piece
+        return (self._shown if special else self._plain)[token]
 
     def stream(self) -> StreamDecoder:
         """Return a decoder for tokens that come one by one."""
@@ -173,18 +167,6 @@ class Tokenizer:
         if start < len(part):
             yield part[start:]
 
-    def _make_piece(self, token: int) -> bytes:
-        if not 0 <= token < self.n_vocab:
-            raise TokenError(f"token {token} is outside the vocabulary of {self.n_vocab}")
-        attr, text = self._vocab.attrs[token], self._vocab.tokens[token]
-        if attr & (CONTROL | USER_DEFINED | UNKNOWN):
-            return text.encode()
-        if attr & NORMAL:
-            return text.replace("▁", " ").encode() if self._is_spm else decode_symbols(text)
-        if attr & BYTE:
-            return bytes.fromhex(text[3:5])
-        return b""
-
     def _detokenize(self, ids: list[int], remove_special: bool, unparse_special: bool) -> bytes:
         strip = self._vocab.add_space_prefix
         if remove_special and self.add_bos and ids and ids[0] == self.bos_id:
@@ -192,7 +174,7 @@ class Tokenizer:
             strip = False
         if remove_special and self.add_eos and ids and ids[-1] == self.eos_id:
             del ids[-1]
-        pieces = [self.token_to_piece(id, special=unparse_special) for id in ids]
+        pieces = list(map((self._shown if unparse_special else self._plain).__getitem__, ids))
         if strip and pieces:
             pieces[0] = pieces[0].removeprefix(b" ")
         out = b"".join(pieces)
@@ -200,6 +182,34 @@ class Tokenizer:
             for pattern, replacement in _CLEAN_UPS:
                 out = pattern.sub(replacement, out)
         return out
+
+
+class _Pieces(dict[int, bytes]):
+    """The bytes of tokens by id, made when they are first asked for."""
+
+    def __init__(self, vocab: Vocab, *, special: bool):
+        """special: whether control tokens have any."""
+        self._vocab = vocab
+        self._empty = 0 if special else CONTROL | UNKNOWN
+
+    def __missing__(self, token: int) -> bytes:
+        vocab = self._vocab
+        if not 0 <= token < len(vocab.tokens):
+            raise TokenError(f"token {token} is outside the vocabulary of {len(vocab.tokens)}")
+        piece = b"" if vocab.attrs[token] & self._empty else _piece(vocab, token)
+        self[token] = piece
+        return piece
+
+
+def _piece(vocab: Vocab, token: int) -> bytes:
+    attr, text = vocab.attrs[token], vocab.tokens[token]
+    if attr & (CONTROL | USER_DEFINED | UNKNOWN):
+        return text.encode()
+    if attr & NORMAL:
+        return text.replace("▁", " ").encode() if vocab.model == "llama" else decode_symbols(text)
+    if attr & BYTE:
+        return bytes.fromhex(text[3:5])
+    return b""
 
 
 class _Finder:

@@ -20,7 +20,7 @@ SLOW |= {"cohere2moe": 4, "youtu": 15}
 
 def words(pre, text):
     splitter = Splitter(PRE_TOKENIZERS[pre].rules)
-    return [word for part in splitter.parts(text) for word in splitter.words(part)]
+    return [word for words in splitter.words(splitter.parts(text)) for word in words]
 
 
 @pytest.mark.parametrize(
