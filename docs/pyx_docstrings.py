@@ -10,7 +10,14 @@ from typing import Any
 import griffe
 
 _START = re.compile(r"^(?P<indent>\s*)(?:cdef class|class|def|async def)\s+(?P<name>\w+)", re.MULTILINE)
+_INCLUDE = re.compile(r'^include "(?P<name>[^"]+)"$', re.MULTILINE)
 _DOC = re.compile(r'\s*(?:"""(?P<text>.*?)""")', re.DOTALL)
+
+
+def _source(path: Path) -> str:
+    """Return the text of a Cython file, and of those that it includes."""
+    text = path.read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda match: _source(path.parent / match["name"]), text)
 
 
 def docstrings(source: str) -> dict[str, str]:
@@ -47,7 +54,7 @@ class PyxDocstrings(griffe.Extension):
         path = mod.filepath
         if not isinstance(path, Path) or path.suffix != ".pyi" or not path.with_suffix(".pyx").exists():
             return
-        for name, text in docstrings(path.with_suffix(".pyx").read_text(encoding="utf-8")).items():
+        for name, text in docstrings(_source(path.with_suffix(".pyx"))).items():
             try:
                 target = mod[name] if name else mod
             except KeyError:

@@ -1,5 +1,6 @@
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Owner, Tensor
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor
+from pyggml_adapt.ggml.threadpool cimport Threadpool
 
 
 cdef class Device:
@@ -15,16 +16,28 @@ cdef class BufferType:
 cdef class Buffer(Owner):
     cdef c.ggml_backend_buffer_t _ptr
     cdef Py_buffer _mapping
+    cdef size_t _pad
     cdef bint _mapped
+    cdef set _parts  # the buffers that it is made of, if more than one
     cdef c.ggml_backend_buffer_t ptr(self) except NULL
 
 
 cdef class Backend(Owner):
     cdef c.ggml_backend_t _ptr
-    cdef c.ggml_threadpool * _pool
-    cdef void (*_pool_free)(c.ggml_threadpool *) noexcept nogil
-    cdef int _abort
+    cdef int _flags[2]  # whether computations are to stop: as abort_flag says, and since a callback has failed
+    cdef bint _async
+    cdef list _pending, _exports  # what transfers and computations that have not ended use
+    cdef readonly Threadpool threadpool
     cdef readonly int n_threads
     cdef readonly Device device
     cdef c.ggml_backend_t ptr(self) except NULL
-    cdef int _start_pool(self) except -1
+    cdef int check_queue(self, list owners) except -1
+    cdef int queue(self, list owners, object export) except -1
+    cdef _transfer(self, Tensor tensor, export, size_t offset, bint into)
+    cdef int _check_place(self, Tensor tensor, list owners, bint into) except -1
+
+
+cdef class Event(Owner):
+    cdef c.ggml_backend_event_t _ptr
+    cdef readonly Device device
+    cdef c.ggml_backend_event_t ptr(self) except NULL

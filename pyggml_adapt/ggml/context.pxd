@@ -5,12 +5,13 @@ from pyggml_adapt.ggml cimport libggml as c
 
 cdef class Owner:
     cdef object __weakref__
-    cdef int _in_use
+    cdef int _in_use, _n_exports
     cdef set _uses
     cdef bint _is_open(self) noexcept
     cdef void _release(self) noexcept
     cdef int check(self) except -1
     cdef int depend_on(self, Owner other) except -1
+    cdef bint owns(self, c.ggml_backend_buffer * buffer) noexcept
     cdef bint owns_readonly(self, c.ggml_backend_buffer * buffer) noexcept
 
 
@@ -25,6 +26,7 @@ cdef list reach(list owners)
 cdef list acquire(list owners)
 cdef void release(list owners) noexcept
 cdef int count(list todo, set seen) except -1
+cdef int check_same_layout(Tensor src, Tensor dst) except -1
 cdef int read_ne(int64_t * dims, str op, ne) except -1
 
 
@@ -47,4 +49,7 @@ cdef class Tensor:
     cdef c.ggml_tensor * with_data(self) except NULL
     cdef c.ggml_backend_buffer * buffer(self) except NULL
     cdef int copy_in(self, data, size_t offset, list held) except -1
+    cdef int copy_2d(self, data, size_t offset, size_t size, size_t n, size_t stride_tensor, size_t stride_data,
+                     bint into) except -1
+    cdef int check_writable(self, list held) except -1
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL

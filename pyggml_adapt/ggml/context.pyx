@@ -1,20 +1,20 @@
 """Context, which owns tensors, and Tensor, which borrows one of them."""
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libggml as c
+
+from numbers import Real
 
 import numpy as np
 
 from pyggml_adapt.errors import AllocError, BusyError, ClosedError, DTypeError, ShapeError
 from pyggml_adapt.ggml.enums import Type
-
-_NUMPY_TYPES = {
-    Type.F32: "f", Type.F16: "e", Type.F64: "d", Type.I8: "b", Type.I16: "h", Type.I32: "i", Type.I64: "q",
-}
-
 
 cdef class Owner:
     """Base of the classes that own something of ggml's: they can be closed, and not while ggml uses them."""
@@ -39,6 +39,10 @@ cdef class Owner:
             self._uses.add(other)
         return 0
 
+    cdef bint owns(self, c.ggml_backend_buffer * buffer) noexcept:
+        """Return whether this owner frees the buffer."""
+        return False
+
     cdef bint owns_readonly(self, c.ggml_backend_buffer * buffer) noexcept:
         return False
 
@@ -50,10 +54,12 @@ cdef class Owner:
     def close(self):
         """Free what is owned; closing twice is allowed.
 
-        Raises: BusyError while another thread computes with it.
+        Raises: BusyError while another thread computes with it, or an array shows its memory, see Tensor.to_numpy().
         """
         if self._in_use:
             raise BusyError(f"{type(self).__name__} is in use by a computation on another thread")
+        if self._n_exports:
+            raise BusyError(f"{type(self).__name__} cannot be closed: {self._n_exports} array(s) still show its memory")
         self._release()
         self._uses.clear()
 
@@ -128,6 +134,20 @@ cdef int read_ne(int64_t * dims, str op, ne) except -1:
         n_elements *= max(dims[i], 1)
         if dims[i] < 0 or n_elements > MAX_ELEMENTS:
             raise ShapeError(f"{op}: impossible shape {list(ne)}")
+    return 0
+
+
+cdef int check_same_layout(Tensor src, Tensor dst) except -1:
+    """Check that the bytes of src can be those of dst, and that these are no other tensor's."""
+    cdef c.ggml_tensor * s = src.ptr()
+    cdef c.ggml_tensor * d = dst.ptr()
+    if s.type != d.type or src.ne != dst.ne or src.nb != dst.nb:
+        raise ShapeError(f"copy: {src!r} and {dst!r} differ in type, shape or strides")
+    cdef size_t size = c.ggml_nbytes(s)
+    if size != c.ggml_nelements(s) // c.ggml_blck_size(s.type) * c.ggml_type_size(s.type):
+        raise ShapeError(f"copy: between the elements of {src!r} are others")
+    if s.data != d.data and <char *> s.data < <char *> d.data + size and <char *> d.data < <char *> s.data + size:
+        raise ShapeError(f"copy: {src!r} and {dst!r} overlap")
     return 0
 
 
@@ -218,6 +238,35 @@ cdef class Context(Owner):
             tensor.name = name
         return tensor
 
+    def tensors(self):
+        """Return the tensors that were made in it, in order.  Wraps: ggml_get_first_tensor, ggml_get_next_tensor."""
+        cdef c.ggml_tensor * t = c.ggml_get_first_tensor(self.ptr())
+        found = []
+        while t != NULL:
+            found.append(self.wrap(t))
+            t = c.ggml_get_next_tensor(self._ptr, t)
+        return found
+
+    def tensor(self, str name not None):
+        """Return the first tensor that was made in it with this name, or None.  Wraps: ggml_get_tensor."""
+        cdef c.ggml_tensor * t = c.ggml_get_tensor(self.ptr(), name.encode())
+        return None if t == NULL else self.wrap(t)
+
+    def alloc_tensors(self, buffer_type):
+        """Return a new Buffer of a BufferType in which every tensor is placed that has no data; it is kept alive.
+
+        Raises: AllocError when there is not enough memory, ShapeError if no tensor needs any.
+        Wraps: ggml_backend_alloc_ctx_tensors_from_buft.
+        """
+        from pyggml_adapt.ggml.backend import Buffer
+
+        return Buffer.for_context(self, buffer_type)
+
+    @property
+    def used_mem(self):
+        """Return how many bytes of mem_size are used.  Wraps: ggml_used_mem."""
+        return c.ggml_used_mem(self.ptr())
+
     def set_data(self, tuple tensors not None, tuple data not None):
         """Copy one contiguous buffer into each of some tensors of this Context; what owns them is looked at once.
 
@@ -240,184 +289,5 @@ cdef class Context(Owner):
             release(held)
 
 
-cdef class Tensor:
-    """Borrow one ggml_tensor; its Context stays alive with it."""
-
-    def __init__(self):
-        raise TypeError("tensors come from Context.new_tensor or from an op")
-
-    cdef c.ggml_tensor * ptr(self) except NULL:
-        if self.ctx is None or self.ctx._ptr == NULL:  # None: made by Tensor.__new__
-            raise ClosedError("the Context of this Tensor is closed")
-        return self._ptr
-
-    cdef c.ggml_tensor * with_data(self) except NULL:
-        """Return the pointer if the tensor has data in an open buffer."""
-        cdef c.ggml_tensor * t = self.ptr()
-        reach([self.ctx])
-        self.buffer()
-        return t
-
-    cdef c.ggml_backend_buffer * buffer(self) except NULL:
-        """Return the buffer that the tensor's data is in; its owners must have been checked to be open."""
-        cdef c.ggml_tensor * t = self.ptr()
-        cdef c.ggml_backend_buffer * found = NULL
-        if t.data != NULL:
-            found = t.buffer if t.view_src == NULL else t.view_src.buffer
-        if found == NULL:
-            raise ClosedError(f"tensor {self.name!r} has no data: it is not allocated")
-        return found
-
-    cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL:
-        """Return the pointer if the tensor has data, and bytes offset to offset + nbytes are inside it."""
-        cdef c.ggml_tensor * t = self.ptr()
-        self.buffer()
-        cdef size_t size = c.ggml_nbytes(t)
-        if offset > size or nbytes > size - offset:
-            raise ShapeError(f"tensor {self.name!r} has {size} bytes, not {nbytes} at offset {offset}")
-        return t
-
-    @property
-    def type(self):
-        """Return the element type.  Wraps: ggml_tensor.type."""
-        return Type(<int> self.ptr().type)
-
-    @property
-    def ne(self):
-        """Return the numbers of elements (ne0, ne1, ne2, ne3).  Wraps: ggml_tensor.ne."""
-        cdef c.ggml_tensor * t = self.ptr()
-        return (t.ne[0], t.ne[1], t.ne[2], t.ne[3])
-
-    @property
-    def nb(self):
-        """Return the strides in bytes (nb0, nb1, nb2, nb3).  Wraps: ggml_tensor.nb."""
-        cdef c.ggml_tensor * t = self.ptr()
-        return (t.nb[0], t.nb[1], t.nb[2], t.nb[3])
-
-    @property
-    def nbytes(self):
-        """Return the bytes from the first element to behind the last.  Wraps: ggml_nbytes."""
-        return c.ggml_nbytes(self.ptr())
-
-    @property
-    def name(self):
-        """Return the name, "" if it has none.  Wraps: ggml_tensor.name."""
-        return (<bytes> self.ptr().name).decode("utf-8", "replace")
-
-    @name.setter
-    def name(self, str value):
-        cdef bytes encoded = value.encode()
-        if len(encoded) >= c.GGML_MAX_NAME:
-            raise ShapeError(f"tensor name {value!r} has {len(encoded)} bytes; ggml takes {c.GGML_MAX_NAME - 1}")
-        c.ggml_set_name(self.ptr(), encoded)
-
-    @property
-    def op(self):
-        """Return the name of the op that makes this tensor, "NONE" for a leaf.  Wraps: ggml_op_desc."""
-        return (<bytes> c.ggml_op_desc(self.ptr())).decode()
-
-    @property
-    def is_allocated(self):
-        """Return whether the tensor has data.  Wraps: ggml_tensor.data."""
-        return self.ptr().data != NULL
-
-    @property
-    def is_contiguous(self):
-        """Return whether the elements lie without gaps, in order.  Wraps: ggml_is_contiguous."""
-        return bool(c.ggml_is_contiguous(self.ptr()))
-
-    @property
-    def is_transposed(self):
-        """Return whether nb0 > nb1.  Wraps: ggml_is_transposed."""
-        return bool(c.ggml_is_transposed(self.ptr()))
-
-    def set_input(self):
-        """Return self, marked as a graph input: allocated before every node, but overwritten once it has been read.
-
-        Fill it again before each computation, or mark it as an output too.  Wraps: ggml_set_input.
-        """
-        c.ggml_set_input(self.ptr())
-        return self
-
-    def set_output(self):
-        """Return self, marked as a graph output: its memory is kept to the end.  Wraps: ggml_set_output."""
-        c.ggml_set_output(self.ptr())
-        return self
-
-    def set_data(self, data, size_t offset=0):
-        """Copy a contiguous buffer (bytes, NumPy array) into the tensor's bytes at `offset`.
-
-        Raises: ShapeError if it does not fit, ClosedError if the tensor has no data, DTypeError if its buffer is a
-        read-only mapping.  Releases the GIL.
-        Wraps: ggml_backend_tensor_set.
-        """
-        cdef list held = acquire([self.ctx])
-        try:
-            self.copy_in(data, offset, held)
-        finally:
-            release(held)
-
-    cdef int copy_in(self, data, size_t offset, list held) except -1:
-        """Do what set_data() does; held: the owners of the tensor's Context, acquired."""
-        cdef Py_buffer view
-        cdef c.ggml_tensor * t
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        try:
-            t = self.range(offset, view.len)
-            for owner in held:
-                if (<Owner> owner).owns_readonly(self.buffer()):
-                    raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
-            with nogil:
-                c.ggml_backend_tensor_set(t, view.buf, offset, view.len)
-        finally:
-            PyBuffer_Release(&view)
-        return 0
-
-    def get_data(self, out, size_t offset=0):
-        """Copy the tensor's bytes from `offset` into the writable contiguous buffer `out`, and return it.
-
-        Raises: ShapeError if there are not so many, ClosedError if the tensor has no data.  Releases the GIL.
-        Wraps: ggml_backend_tensor_get.
-        """
-        cdef Py_buffer view
-        cdef c.ggml_tensor * t
-        PyObject_GetBuffer(out, &view, PyBUF_WRITABLE)
-        try:
-            held = acquire([self.ctx])
-            try:
-                t = self.range(offset, view.len)
-                with nogil:
-                    c.ggml_backend_tensor_get(t, view.buf, offset, view.len)
-            finally:
-                release(held)
-        finally:
-            PyBuffer_Release(&view)
-        return out
-
-    def to_numpy(self):
-        """Return a copy as a NumPy array, shape in NumPy order (ne3, ne2, ne1, ne0) without leading ones.
-
-        Quantised types and BF16 come back as their raw bytes, one row of blocks per last axis (uint8).
-        Raises: ShapeError if the tensor is not contiguous.
-        Wraps: ggml_backend_tensor_get.
-        """
-        cdef c.ggml_tensor * t = self.with_data()
-        if not c.ggml_is_contiguous(t):
-            raise ShapeError(f"to_numpy: tensor {self.name!r} is not contiguous; use ops.cont first")
-        cdef int n_dims = c.GGML_MAX_DIMS
-        while n_dims > 1 and t.ne[n_dims - 1] == 1:  # ggml_n_dims takes an empty dimension for absent
-            n_dims -= 1
-        shape = [t.ne[i] for i in range(n_dims)][::-1]
-        code = _NUMPY_TYPES.get(self.type)
-        if code is None:
-            code = "u1"
-            shape[-1] = c.ggml_row_size(t.type, t.ne[0])
-        out = np.empty(shape, dtype=code)
-        if out.nbytes:
-            self.get_data(out)
-        return out
-
-    def __repr__(self):
-        if self.ctx is None or self.ctx._ptr == NULL:
-            return "<Tensor of a closed Context>"
-        return f"<Tensor {self.name!r} {self.type.name} {list(self.ne)} {self.op}>"
+include "tensor_tools.pxi"
+include "tensor.pxi"

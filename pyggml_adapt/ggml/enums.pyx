@@ -153,6 +153,24 @@ class SortOrder(IntEnum):
     DESC = c.GGML_SORT_ORDER_DESC
 
 
+class SchedPriority(IntEnum):
+    """How urgent the threads of a Threadpool are.  Wraps: ggml_sched_priority."""
+
+    LOW = c.GGML_SCHED_PRIO_LOW
+    NORMAL = c.GGML_SCHED_PRIO_NORMAL
+    MEDIUM = c.GGML_SCHED_PRIO_MEDIUM
+    HIGH = c.GGML_SCHED_PRIO_HIGH
+    REALTIME = c.GGML_SCHED_PRIO_REALTIME
+
+
+class BufferUsage(IntEnum):
+    """What a Buffer holds: a Sched computes where the weights are.  Wraps: ggml_backend_buffer_usage."""
+
+    ANY = c.GGML_BACKEND_BUFFER_USAGE_ANY
+    WEIGHTS = c.GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+    COMPUTE = c.GGML_BACKEND_BUFFER_USAGE_COMPUTE
+
+
 class Prec(IntEnum):
     """How precisely a matrix product is accumulated, at least.  Wraps: ggml_prec."""
 
@@ -162,3 +180,10 @@ class Prec(IntEnum):
     F16 = c.GGML_PREC_F16
     Q8 = c.GGML_PREC_Q8
     Q4 = c.GGML_PREC_Q4
+
+
+class OpHint(IntEnum):
+    """What ops.mul_mat_set_hint says of a matrix product.  Wraps: ggml_op_hint."""
+
+    NONE = c.GGML_HINT_NONE
+    SRC0_IS_HADAMARD = c.GGML_HINT_SRC0_IS_HADAMARD

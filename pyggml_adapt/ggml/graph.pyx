@@ -1,38 +1,56 @@
-"""Graphs, what allocates and computes them, and slots: leaves that can be pointed at other tensors' data."""
+"""Graphs, their gradients, and what allocates and computes them."""
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t
-from libc.stdlib cimport calloc, free, malloc
 
-from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
+from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, count, reach, release
 from pyggml_adapt.ggml.status cimport check
 
+import os
+import tempfile
+
 from pyggml_adapt.errors import (
-    AllocError, BackendError, BusyError, ClosedError, DTypeError, IndexRangeError, ShapeError,
+    AllocError, BackendError, BusyError, ClosedError, DTypeError, FileAccessError, IndexRangeError, ShapeError,
 )
 from pyggml_adapt.ggml.status import last_log
 
 
 include "graph_checks.pxi"
+include "backward.pxi"
+
+
+cdef int raise_status(CGraph graph, c.ggml_status status, str doing) except -1:
+    """Raise what a Callback of the graph has raised, or what the status says."""
+    if graph._callbacks:
+        error = disarm(graph._callbacks)
+        if error is not None:
+            raise error
+    return check(status, doing)
+
+
+cdef int check_room(Context ctx, int size, bint grads) except -1:
+    if c.ggml_used_mem(ctx.ptr()) + c.ggml_graph_overhead_custom(size, grads) > ctx.mem_size:
+        raise AllocError(f"Context of {ctx.mem_size} bytes has no room for a graph of {size} nodes")
+    return 0
 
 
 cdef class CGraph:
-    """Borrow a graph that lives in a Context: the nodes to compute, in order.
+    """Borrow a graph that lives in a Context: the nodes to compute, in order, which it iterates over.
 
-    size: the most nodes, and the most leaves, that it can take, up to 32768.
+    size: the most nodes, and the most leaves, that it can take, up to 32768.  grads: whether it can take gradients too,
+    see build_backward().
     Raises: AllocError if the Context has no room, see Context.size_for.
     Wraps: ggml_new_graph_custom.
     """
 
-    def __cinit__(self, Context ctx not None, int size=2048):
+    def __cinit__(self, Context ctx not None, int size=2048, *, bint grads=False):
         check_size(size)
-        if c.ggml_used_mem(ctx.ptr()) + c.ggml_graph_overhead_custom(size, False) > ctx.mem_size:
-            raise AllocError(f"Context of {ctx.mem_size} bytes has no room for a graph of {size} nodes")
-        self.ctx = ctx
-        self.size = size
-        self._ptr = c.ggml_new_graph_custom(ctx.ptr(), size, False)
+        check_room(ctx, size, grads)
+        self.ctx, self.size, self.grads = ctx, size, grads
+        self._ptr = c.ggml_new_graph_custom(ctx.ptr(), size, grads)
 
     cdef c.ggml_cgraph * ptr(self) except NULL:
         self.ctx.ptr()
@@ -55,14 +73,27 @@ cdef class CGraph:
             n_leaves = count(nodes_of(self) + [<size_t> t], seen)
             if max(n_leaves, len(seen) - n_leaves) > self.size:
                 raise AllocError(f"a graph of {self.size} nodes is too small for {tensor.name!r} and its operands")
-        self._supported_by = None
+        self._changed()
+        if t.op == c.GGML_OP_NONE:  # no node's operand yet: a scheduler finds no place for it otherwise
+            c.ggml_set_input(t)
         c.ggml_build_forward_expand(self._ptr, t)
         return tensor
+
+    cdef int _changed(self) except -1:
+        """Forget what was checked."""
+        self._supported_by = None
+        return 0
 
     @property
     def n_nodes(self):
         """Return how many nodes it has.  Wraps: ggml_graph_n_nodes."""
         return c.ggml_graph_n_nodes(self.ptr())
+
+    def __len__(self):
+        return self.n_nodes
+
+    def __iter__(self):
+        return iter([self.node(i) for i in range(self.n_nodes)])
 
     def node(self, int i):
         """Return node i; negative counts from the end.
@@ -80,11 +111,141 @@ cdef class CGraph:
         cdef c.ggml_tensor * t = c.ggml_graph_get_tensor(self.ptr(), name.encode())
         return None if t == NULL else self._wrap(t)
 
+    def clear(self):
+        """Take every node and leaf out; the tensors stay in the Context.  Wraps: ggml_graph_clear."""
+        cdef c.ggml_cgraph * graph = self.ptr()
+        check_idle(self.ctx)
+        self._changed()
+        self._n_cleared += 1
+        self._n_backward = 0
+        self._sched = None
+        c.ggml_graph_clear(graph)
+
+    def cpy(self, CGraph dst not None):
+        """Let dst have the same nodes, leaves and gradients, instead of its own; both then share the tensors.
+
+        Raises: ShapeError if dst is smaller, or has no gradients and this has.
+        Wraps: ggml_graph_cpy.
+        """
+        cdef c.ggml_cgraph * graph = self.ptr()
+        reach([self.ctx])
+        check_idle(self.ctx)
+        if dst is self:
+            return
+        if dst.size < self.size or self.grads and not dst.grads:
+            raise ShapeError(f"cpy: a graph of {dst.size} nodes{'' if dst.grads else ' without gradients'} for one of "
+                             f"{self.size}{' with gradients' if self.grads else ''}")
+        dst.clear()
+        c.ggml_graph_cpy(graph, dst._ptr)
+        dst._n_backward = self._n_backward
+        if dst.ctx is not self.ctx:
+            dst.ctx.depend_on(self.ctx)
+            dst.ctx.n_foreign += 2 * self.size
+
+    def dup(self, Context ctx=None, *, bint grads=False):
+        """Return a graph of the same nodes and leaves, which lives in ctx, by default in the same Context.
+
+        grads: whether it can take gradients even if this one cannot.
+        Raises: AllocError if the Context has no room.
+        Wraps: ggml_graph_dup.
+        """
+        reach([self.ctx])
+        cdef CGraph graph = CGraph(self.ctx if ctx is None else ctx, self.size, grads=grads or self.grads)
+        self.cpy(graph)
+        return graph
+
+    def build_backward(self):
+        """Add the nodes that compute the gradients of the losses by the parameters, see Tensor.set_param, set_loss.
+
+        The gradient of each loss by itself is a leaf, that reset() fills after the graph has been allocated: mark what
+        is wanted as outputs first, grad(parameter).set_output().  The graph and its Context need room for 8 tensors
+        for each node that parameters take part in.
+        Raises: ShapeError if ggml has no gradient for a node, or no parameter or loss is there; DTypeError if a node is
+        not F32; AllocError if there is no room; BackendError for a graph without gradients, or a second time.
+        Wraps: ggml_build_backward_expand.
+        """
+        cdef c.ggml_cgraph * graph = self.ptr()
+        cdef c.ggml_context * ctx
+        if not self.grads or self._n_backward:
+            raise BackendError("build_backward: the graph was made without grads=True" if not self.grads else
+                               "build_backward: the graph has its gradients already")
+        check_idle(self.ctx)
+        reach([self.ctx])
+        trained = find_trained(self)
+        check_backward(self, trained)
+        seen = set()
+        n_leaves = count(nodes_of(self), seen)
+        n_new = MAX_PER_NODE * len(trained) + 1
+        if max(n_leaves, len(seen)) + n_new > self.size:
+            raise AllocError(f"a graph of {self.size} nodes is too small for {n_new} more")
+        ctx = self.ctx.room(n_new)
+        self._changed()
+        self._n_backward = c.ggml_graph_n_nodes(graph)
+        c.ggml_build_backward_expand(ctx, graph, NULL)
+
+    def grad(self, Tensor tensor not None):
+        """Return the gradient of the losses by `tensor`, None if it has none.  Wraps: ggml_graph_get_grad."""
+        cdef c.ggml_tensor * t = c.ggml_graph_get_grad(self.ptr(), tensor.ptr()) if self._n_backward else NULL
+        return None if t == NULL else self._wrap(t)
+
+    def grad_acc(self, Tensor tensor not None):
+        """Return the leaf that the gradient by a loss is added up in, else None.  Wraps: ggml_graph_get_grad_acc."""
+        cdef c.ggml_tensor * t = c.ggml_graph_get_grad_acc(self.ptr(), tensor.ptr()) if self._n_backward else NULL
+        return None if t == NULL else self._wrap(t)
+
+    def reset(self):
+        """Let the gradient of each loss by itself be 1, and AdamW's moments 0: needed before each computation.
+
+        Raises: BackendError for a graph without gradients; ClosedError before it is allocated.
+        Wraps: ggml_graph_reset.
+        """
+        cdef c.ggml_cgraph * graph = self.ptr()
+        cdef c.ggml_tensor * t
+        cdef c.ggml_tensor * acc
+        if not self._n_backward:
+            raise BackendError("reset: the graph has no gradients, see build_backward")
+        check_idle(self.ctx)
+        check_writable(self, reach([self.ctx]))
+        for i in range(c.ggml_graph_n_nodes(graph)):
+            t = c.ggml_graph_node(graph, i)
+            acc = c.ggml_graph_get_grad_acc(graph, t)
+            need = [<size_t> acc] if acc != NULL else []
+            if t.op == c.GGML_OP_OPT_STEP_ADAMW:
+                need += [<size_t> t.src[2], <size_t> t.src[3]]
+            for address in need:
+                check_data(self, <c.ggml_tensor *> <size_t> address)
+        c.ggml_graph_reset(graph)
+
+    def dump_dot(self, path, CGraph forward=None):
+        """Write the graph as a drawing for Graphviz; nodes that are in `forward`, and have a gradient, are green.
+
+        Raises: FileAccessError if the file cannot be written.
+        Wraps: ggml_graph_dump_dot.
+        """
+        cdef c.ggml_cgraph * graph = self.ptr()
+        cdef c.ggml_cgraph * other = NULL if forward is None else forward.ptr()
+        cdef bytes name = os.fsencode(path)
+        reach([self.ctx] if forward is None else [self.ctx, forward.ctx])
+        try:
+            with open(path, "w"):  # ggml aborts if it cannot open the file
+                pass
+        except OSError as exc:
+            raise FileAccessError.of(path, exc) from exc
+        c.ggml_graph_dump_dot(graph, other, name)
+
+    def to_dot(self, CGraph forward=None):
+        """Return what dump_dot() writes."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "graph.dot")
+            self.dump_dot(path, forward)
+            with open(path, encoding="utf-8", errors="replace") as f:
+                return f.read()
+
     cdef Tensor _wrap(self, c.ggml_tensor * t):
         return self.ctx.home(t).wrap(t)
 
-    cdef int _check_node(self, Backend backend, c.ggml_tensor * t, list owners) except -1:
-        """Raise unless the node and its operands have data, writable where it must be, and the backend has the op."""
+    cdef int _check_node(self, Backend backend, c.ggml_tensor * t) except -1:
+        """Raise unless the node and its operands have data where the backend can use it, and the backend has the op."""
         cdef c.ggml_tensor * src
         cdef int k
         if not c.ggml_backend_supports_op(backend.ptr(), t):
@@ -92,12 +253,12 @@ cdef class CGraph:
                                f"from {[self._wrap(t.src[k]) for k in range(c.GGML_MAX_SRC) if t.src[k]]}")
         for k in range(c.GGML_MAX_SRC + 1):
             src = t.src[k] if k < c.GGML_MAX_SRC else t
-            if src != NULL and src.data == NULL and c.ggml_nbytes(src):
-                raise ClosedError(f"tensor {self._wrap(src).name!r} is not allocated: use GAllocr or Sched first")
-        if t.op == c.GGML_OP_SET_ROWS:
-            for owner in owners:
-                if (<Owner> owner).owns_readonly(t.view_src.buffer):
-                    raise DTypeError(f"set_rows: tensor {self._wrap(t.view_src).name!r} is in a read-only mapping")
+            if src == NULL or not c.ggml_nbytes(src):
+                continue
+            check_data(self, src)
+            buft = c.ggml_backend_buffer_get_type(root_of(src).buffer)
+            if not c.ggml_backend_supports_buft(backend._ptr, buft):
+                raise BackendError(f"{backend.name} cannot compute with the data of {self._wrap(src)!r}")
         return 0
 
     cdef int _check_supported(self, Backend backend, list owners) except -1:
@@ -106,8 +267,10 @@ cdef class CGraph:
         if self._supported_by is backend:
             return 0
         for i in range(c.ggml_graph_n_nodes(self._ptr)):
-            self._check_node(backend, c.ggml_graph_node(self._ptr, i), owners)
+            self._check_node(backend, c.ggml_graph_node(self._ptr, i))
+        check_writable(self, owners)
         self._indices = find_indices(self)
+        self._callbacks = find_callbacks(self._ptr)
         self._supported_by = backend
         return 0
 
@@ -128,7 +291,7 @@ cdef class CGraph:
             if <size_t> view.len != c.ggml_nbytes(t):
                 raise ShapeError(f"compute: {view.len} bytes for tensor {result.name!r} of {c.ggml_nbytes(t)}")
             # of the last node no other reads, so a CPU can as well write it elsewhere; device memory goes by address
-            at_once = (backend._pool != NULL and t.view_src == NULL
+            at_once = (backend.threadpool is not None and t.view_src == NULL and not self._callbacks
                        and last >= 0 and t == c.ggml_graph_node(self._ptr, last))
             if at_once:
                 t.data = view.buf
@@ -157,19 +320,52 @@ cdef class CGraph:
         cdef c.ggml_status status
         cdef list owners = [self.ctx, backend]
         check_idle(self.ctx)
-        check_idle(backend)
+        check_backend_idle(backend)
+        before = None
         owners = acquire(owners)
         try:
             self._check_supported(backend, owners)
             check_indices(self, self._indices)
+            if self._callbacks:
+                arm(self._callbacks, self.ctx, [backend])
+            if backend.threadpool is not None:
+                before = backend.threadpool.enter()
             if result is not None:
                 status = self._compute_into(backend, result, out)
             else:
                 with nogil:
                     status = c.ggml_backend_graph_compute(b, graph)
         finally:
+            if before is not None:
+                backend.threadpool.leave(before)
             release(owners)
-        check(status, "graph compute")
+        raise_status(self, status, "graph compute")
+
+    def compute_async(self, Backend backend not None):
+        """Start computing; Backend.synchronize() waits for the end.  Releases the GIL.
+
+        Until then everything that the graph uses is in use, and cannot be closed.  A backend without Device.props'
+        async, as the CPU's, has computed when this returns.
+        Raises: as compute().
+        Wraps: ggml_backend_graph_compute_async.
+        """
+        cdef c.ggml_cgraph * graph = self.ptr()
+        cdef c.ggml_backend_t b = backend.ptr()
+        cdef c.ggml_status status
+        if not backend._async:
+            return self.compute(backend)
+        backend.check_queue([self.ctx, backend])
+        cdef list owners = acquire([self.ctx, backend])
+        try:
+            self._check_supported(backend, owners)
+            check_indices(self, self._indices)
+            with nogil:
+                status = c.ggml_backend_graph_compute_async(b, graph)
+        except BaseException:
+            release(owners)
+            raise
+        backend.queue(owners, None)
+        raise_status(self, status, "graph compute")
 
     def __repr__(self):
         return f"<CGraph of {self.n_nodes} nodes>"
@@ -199,6 +395,9 @@ cdef class GAllocr(Owner):
             c.ggml_gallocr_free(self._ptr)
             self._ptr = NULL
 
+    cdef bint owns(self, c.ggml_backend_buffer * buffer) noexcept:
+        return self._buffers is not None and <size_t> buffer in self._buffers
+
     def alloc_graph(self, CGraph graph not None):
         """Allocate every node and input of `graph` that has no data.
 
@@ -216,283 +415,32 @@ cdef class GAllocr(Owner):
         check_foreign(graph)
         check_not_empty(graph)
         self._served = True
+        waiting = without_data(graph)
         ok = c.ggml_gallocr_alloc_graph(self._ptr, g)  # with the GIL: nobody can close what the graph uses meanwhile
         if not ok:
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
+        self._buffers = buffers_of(waiting)
         graph.ctx.depend_on(self)
+
+    def reserve(self, CGraph graph not None):
+        """Allocate the memory that `graph` needs, but none of its tensors: alloc_graph() of one not larger is quick.
+
+        Raises: as alloc_graph().
+        Wraps: ggml_gallocr_reserve.
+        """
+        cdef c.ggml_cgraph * g = graph.ptr()
+        self.check()
+        if self._served:
+            raise BackendError("reserve: this allocator serves a graph already")
+        check_idle(graph.ctx)
+        reach([graph.ctx])
+        check_foreign(graph)
+        check_not_empty(graph)
+        if not c.ggml_gallocr_reserve(self._ptr, g):
+            raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
 
     @property
     def nbytes(self):
         """Return the bytes that were allocated.  Wraps: ggml_gallocr_get_buffer_size."""
         self.check()
         return c.ggml_gallocr_get_buffer_size(self._ptr, 0)
-
-
-cdef class Sched(Owner):
-    """Own the allocation and execution of graphs over several backends; the last must be a CPU's.
-
-    One Sched serves one graph, as one GAllocr does.  graph_size: the most nodes and leaves of it, together.
-    Wraps: ggml_backend_sched_new, ggml_backend_sched_free.
-    """
-
-    def __cinit__(self, backends, int graph_size=2048):
-        cdef c.ggml_backend_t ptrs[16]
-        check_size(graph_size)
-        self.graph_size = graph_size
-        self.backends = list(backends)
-        if not 1 <= len(self.backends) <= 16:
-            raise BackendError(f"Sched: {len(self.backends)} backends, not 1 to 16")
-        for i, backend in enumerate(self.backends):
-            ptrs[i] = (<Backend?> backend).ptr()
-            self.depend_on(backend)
-        if (<Backend> self.backends[-1]).device.backend_name != "CPU":
-            raise BackendError("Sched: the last backend must be a CPU backend")
-        self._ptr = c.ggml_backend_sched_new(ptrs, NULL, len(self.backends), graph_size, False, True)
-        if self._ptr == NULL:
-            raise AllocError("ggml_backend_sched_new failed")
-
-    def __dealloc__(self):
-        self._release()
-
-    cdef bint _is_open(self) noexcept:
-        return self._ptr != NULL
-
-    cdef void _release(self) noexcept:
-        if self._ptr != NULL:
-            c.ggml_backend_sched_free(self._ptr)
-            self._ptr = NULL
-
-    def alloc_graph(self, CGraph graph not None):
-        """Divide `graph` over the backends and allocate it.
-
-        Raises: AllocError when there is not enough memory or the graph is larger than graph_size, BackendError for a
-        second graph or a node that no backend can compute, ClosedError if an operand from another Context has no data.
-        Wraps: ggml_backend_sched_alloc_graph.
-        """
-        cdef c.ggml_cgraph * g = graph.ptr()
-        cdef bint ok
-        if self._served:
-            raise BackendError("alloc_graph: this scheduler serves a graph already")
-        check_idle(graph.ctx)
-        reach([graph.ctx, self])
-        check_foreign(graph)
-        check_not_empty(graph)
-        seen = set()
-        count(nodes_of(graph), seen)
-        if len(seen) > self.graph_size:
-            raise AllocError(f"a graph of {len(seen)} nodes and leaves for a scheduler of {self.graph_size}")
-        self._check_supported(graph)
-        self._served = True
-        self._indices = find_indices(graph)
-        ok = c.ggml_backend_sched_alloc_graph(self._ptr, g)  # with the GIL, as GAllocr's
-        if not ok:
-            raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
-        graph.ctx.depend_on(self)
-        graph._sched = self
-        self._n_nodes = graph.n_nodes
-
-    cdef int _check_supported(self, CGraph graph) except -1:
-        cdef c.ggml_tensor * t
-        cdef int i
-        for i in range(c.ggml_graph_n_nodes(graph._ptr)):
-            t = c.ggml_graph_node(graph._ptr, i)
-            for backend in self.backends:
-                if c.ggml_backend_supports_op((<Backend> backend).ptr(), t):
-                    break
-            else:
-                raise BackendError(f"no backend of the scheduler can compute {graph._wrap(t)!r}")
-        return 0
-
-    def compute(self, CGraph graph not None):
-        """Compute a graph that alloc_graph allocated.  Releases the GIL.
-
-        Raises: as CGraph.compute.
-        Wraps: ggml_backend_sched_graph_compute.
-        """
-        cdef c.ggml_cgraph * g = graph.ptr()
-        cdef c.ggml_status status
-        cdef list owners = [graph.ctx, self]
-        self.check()
-        if graph._sched is not self or graph.n_nodes != self._n_nodes:
-            raise BackendError("compute: the graph was not allocated by this scheduler, or has grown since")
-        check_idle(graph.ctx)
-        for backend in self.backends:
-            check_idle(backend)
-        owners = acquire(owners)
-        try:
-            check_indices(graph, self._indices)
-            with nogil:
-                status = c.ggml_backend_sched_graph_compute(self._ptr, g)
-        finally:
-            release(owners)
-        check(status, "sched graph compute")
-
-    @property
-    def n_splits(self):
-        """Return into how many parts the last graph was divided.  Wraps: ggml_backend_sched_get_n_splits."""
-        self.check()
-        return c.ggml_backend_sched_get_n_splits(self._ptr)
-
-
-_signatures = {}  # one object for each signature, so that tables compare by identity
-
-
-cdef class _Binding(Owner):
-    """What the slots of a graph point at now; the graph's Context depends on it."""
-
-    cdef bint _is_open(self) noexcept:
-        return True
-
-
-cdef class TensorTable:
-    """What slots point at: one allocated tensor for each slot, in the slots' order, and the factors of scale nodes.
-
-    tensors: contiguous Tensors that have data; they and their buffers stay alive with the table.
-    Raises: ClosedError if a tensor has no data, ShapeError if one is not contiguous.
-    """
-
-    def __cinit__(self, tensors, scales=()):
-        cdef Py_ssize_t i
-        cdef Tensor tensor
-        cdef c.ggml_tensor * t
-        self.tensors = list(tensors)
-        self.scales = [<float> each for each in scales]
-        self.n = len(self.tensors)
-        self._data = <void **> calloc(self.n + 1, sizeof(void *))
-        self._buffers = <c.ggml_backend_buffer **> calloc(self.n + 1, sizeof(void *))
-        if self._data == NULL or self._buffers == NULL:
-            raise MemoryError
-        owners = set()
-        for i in range(self.n):
-            tensor = <Tensor?> self.tensors[i]
-            t = check_source(tensor)
-            self._data[i] = t.data
-            self._buffers[i] = tensor.buffer()
-            owners.add(tensor.ctx)
-        self._owners = owners
-        signature = (len(self.scales), *[(each.type, each.ne) for each in self.tensors])
-        self.signature = _signatures.setdefault(signature, signature)
-
-    def __dealloc__(self):
-        free(self._data)
-        free(self._buffers)
-
-    def __len__(self):
-        return self.n
-
-
-cdef class Slots:
-    """Leaves of one graph whose data is elsewhere, and can be exchanged without building the graph again.
-
-    ggml keeps addresses in tensors, so a graph computes with other weights as soon as its leaves, and the views of
-    them, point at other memory of the same type and shape.  It keeps a scale node's factor in the node likewise.
-    """
-
-    def __cinit__(self, CGraph graph not None):
-        self.graph = graph
-        self._tensors = []
-        self._scales = []
-        self._binding = _Binding.__new__(_Binding)
-        graph.ctx.depend_on(self._binding)
-
-    def __dealloc__(self):
-        free(self._slots)
-        free(self._views)
-
-    def add(self, Tensor source not None):
-        """Return a new leaf with the type, shape and name of `source`, pointing at its data.
-
-        Raises: ClosedError if the source has no data, ShapeError if it is not contiguous, BackendError after seal().
-        """
-        cdef c.ggml_tensor * s = check_source(source)
-        if self._slots != NULL:
-            raise BackendError("Slots.add: the slots are sealed")
-        cdef Tensor leaf = self.graph.ctx.new_tensor(source.type, source.ne, source.name)
-        leaf._ptr.data = s.data
-        leaf._ptr.buffer = source.buffer()
-        self._binding.depend_on(source.ctx)
-        self._tensors.append((leaf, source))
-        return leaf
-
-    def add_scale(self, Tensor node not None):
-        """Return `node`, made by ops.scale: its factor can be exchanged too.
-
-        Raises: ShapeError if it is another op's, or another graph's; BackendError after seal().
-        """
-        cdef c.ggml_tensor * t = node.ptr()
-        if t.op != c.GGML_OP_SCALE or node.ctx is not self.graph.ctx:
-            raise ShapeError(f"Slots.add_scale: {node!r} is not a scale node of this graph")
-        if self._slots != NULL:
-            raise BackendError("Slots.add_scale: the slots are sealed")
-        self._scales.append(node)
-        return node
-
-    def seal(self):
-        """Record the slots and their views, once the graph is complete and allocated, and bind them to their sources.
-
-        From here on the graph's Context keeps only the bound table's tensors alive.
-        Raises: BackendError when called twice.
-        """
-        cdef Py_ssize_t i
-        cdef int k, n_nodes = c.ggml_graph_n_nodes(self.graph.ptr())
-        cdef c.ggml_tensor * t
-        if self._slots != NULL:
-            raise BackendError("Slots.seal: the slots are sealed already")
-        sources = [source for _, source in self._tensors]
-        self.table = TensorTable(sources, [(<float *> (<Tensor> node)._ptr.op_params)[0] for node in self._scales])
-        self._n_nodes = n_nodes
-        self.n = len(self._tensors)
-        self._slots = <c.ggml_tensor **> malloc((self.n + 1) * sizeof(void *))
-        self._views = <c.ggml_tensor **> malloc((n_nodes + 1) * sizeof(void *))
-        if self._slots == NULL or self._views == NULL:
-            raise MemoryError
-        roots = set()
-        for i in range(self.n):
-            self._slots[i] = (<Tensor> self._tensors[i][0])._ptr
-            roots.add(<size_t> self._slots[i])
-        for k in range(n_nodes):
-            t = c.ggml_graph_node(self.graph._ptr, k)
-            if t.view_src != NULL and <size_t> t.view_src in roots:
-                self._views[self.n_views] = t
-                self.n_views += 1
-        self._tensors = [leaf for leaf, _ in self._tensors]
-        self._binding._uses = self.table._owners
-
-    def bind(self, TensorTable table not None):
-        """Point the slots at the tensors of `table`, if they do not point there already.
-
-        Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
-        before seal() or if the graph has grown since.
-        """
-        cdef Py_ssize_t i
-        cdef c.ggml_tensor * t
-        if table is self.table:
-            return
-        if self._slots == NULL or c.ggml_graph_n_nodes(self.graph.ptr()) != self._n_nodes:
-            raise BackendError("Slots.bind: the slots are not sealed yet, or the graph has grown since")
-        check_idle(self.graph.ctx)
-        if table.signature is not self.table.signature:
-            raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
-                             f"{self._first_difference(table)}")
-        for i in range(len(self._scales)):
-            (<float *> (<Tensor> self._scales[i])._ptr.op_params)[0] = table.scales[i]
-        for i in range(self.n):
-            self._slots[i].data = table._data[i]
-            self._slots[i].buffer = table._buffers[i]
-        for i in range(self.n_views):
-            t = self._views[i]
-            t.data = <char *> t.view_src.data + t.view_offs
-            t.buffer = t.view_src.buffer
-        self.table = table
-        self._binding._uses = table._owners
-
-    def _first_difference(self, TensorTable table):
-        if table.n != self.n:
-            return f"{table.n} tensors for {self.n} slots"
-        for slot, tensor in zip(self._tensors, table.tensors):
-            if (slot.type, slot.ne) != (tensor.type, tensor.ne):
-                return f"{tensor!r} for {slot!r}"
-        return f"{len(table.scales)} factors for {len(self._scales)} scale nodes"
-
-    def __len__(self):
-        return len(self._tensors)

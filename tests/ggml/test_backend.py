@@ -145,11 +145,21 @@ def test_the_mapping_lives_as_long_as_its_tensors(ctx):
     assert t.to_numpy().tobytes() == b"abcd"
 
 
-def test_mapping_preconditions():
+def test_mapping_preconditions(ctx):
     backing = np.zeros(256, "u1")
     start = -backing.ctypes.data % 64 + 1
-    with pytest.raises(ShapeError, match=r"^from_mapping: the address is not a multiple of \d+ bytes$"):
-        Buffer.from_mapping(memoryview(backing)[start:])
+    buffer = Buffer.from_mapping(memoryview(backing)[start:])
+    assert buffer.nbytes == 256 - start
+    for type, ne, n in ((Type.F32, (4,), 4), (Type.F16, (4,), 2), (Type.F64, (4,), 8), (Type.Q8_0, (32,), 4)):
+        message = rf"^place: tensor 't' of {type.name} must begin at a multiple of {n} bytes$"
+        with pytest.raises(ShapeError, match=message):
+            buffer.place(ctx.new_tensor(type, ne, "t"), 0)
+    bytes_ = ctx.new_tensor(Type.I8, (256 - start,))
+    buffer.place(bytes_, 0)
+    backing[:] = 7
+    assert (bytes_.to_numpy() == 7).all()
+    with pytest.raises(ShapeError, match=r"^place: tensor 't' needs 2 bytes at \d+ of a buffer of \d+$"):
+        buffer.place(ctx.new_tensor(Type.I8, (2,), "t"), 255 - start)
     with pytest.raises(TypeError):
         Buffer.from_mapping("text")
     with pytest.raises((BufferError, ValueError)):

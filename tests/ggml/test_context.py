@@ -35,7 +35,7 @@ def test_new_tensor(ctx):
     assert t.is_contiguous
     assert not t.is_transposed
     assert not t.is_allocated
-    assert repr(t) == "<Tensor 'w' F16 [4, 3, 1, 1] NONE>"
+    assert repr(t) == "<Tensor 'w' F16 [4, 3, 1, 1], no data>"
     t.name = "ü" * 31
     assert t.name == "ü" * 31
     u = ops.transpose(ctx, t)
@@ -163,10 +163,6 @@ def test_data_preconditions(ctx, buffer):
         t.get_data(b"\0" * 4)
     with pytest.raises((BufferError, ValueError)):
         t.set_data(np.zeros((4, 6), "f")[:, ::2])
-    with pytest.raises(
-        ShapeError, match=r"^to_numpy: tensor 't \(transposed\)' is not contiguous; use ops.cont first$"
-    ):
-        ops.transpose(ctx, t).to_numpy()
 
 
 def test_read_only_mapping(ctx, python):

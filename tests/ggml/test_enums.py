@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyggml_adapt.ggml import DeviceType, RopeType, Status, Type
+from pyggml_adapt.ggml import BufferUsage, DeviceType, RopeType, SchedPriority, Status, Type
 
 
 def test_types_have_ggmls_values():
@@ -35,3 +35,5 @@ def test_other_enums():
     assert Status.SUCCESS == 0
     assert (RopeType.NORMAL, RopeType.NEOX) == (0, 2)
     assert DeviceType.CPU == 0
+    assert (SchedPriority.NORMAL, SchedPriority.LOW) == (0, -1)
+    assert BufferUsage.WEIGHTS == 1

@@ -1,0 +1,28 @@
+from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml.context cimport Owner
+from pyggml_adapt.ggml.graph cimport CGraph
+
+
+cdef class _Binding(Owner):
+    pass
+
+
+cdef class TensorTable:
+    cdef readonly list tensors, scales
+    cdef readonly object signature
+    cdef Py_ssize_t n
+    cdef void ** _data
+    cdef c.ggml_backend_buffer ** _buffers
+    cdef set _owners
+
+
+cdef class Slots:
+    cdef readonly CGraph graph
+    cdef readonly TensorTable table
+    cdef list _tensors, _scales
+    cdef _Binding _binding
+    cdef Py_ssize_t n, n_views
+    cdef int _n_nodes
+    cdef bint _written  # by a node of the graph
+    cdef c.ggml_tensor ** _slots
+    cdef c.ggml_tensor ** _views

@@ -1,0 +1,183 @@
+"""Slots: leaves of a graph that can be pointed at other tensors' data without building the graph again."""
+
+from libc.stdlib cimport calloc, free, malloc
+
+from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml.context cimport Owner, Tensor
+from pyggml_adapt.ggml.graph cimport CGraph, check_idle, written_roots
+
+from pyggml_adapt.errors import BackendError, ShapeError
+
+_signatures = {}  # one object for each signature, so that tables compare by identity
+
+
+cdef c.ggml_tensor * check_source(Tensor tensor) except NULL:
+    """Return the pointer if a slot can point at the tensor's data."""
+    cdef c.ggml_tensor * t = tensor.with_data()
+    if not c.ggml_is_contiguous(t):
+        raise ShapeError(f"tensor {tensor.name!r} is not contiguous: a slot cannot point at it")
+    return t
+
+
+cdef class _Binding(Owner):
+    """What the slots of a graph point at now; the graph's Context depends on it."""
+
+    cdef bint _is_open(self) noexcept:
+        return True
+
+
+cdef class TensorTable:
+    """What slots point at: one allocated tensor for each slot, in the slots' order, and the factors of scale nodes.
+
+    tensors: contiguous Tensors that have data; they and their buffers stay alive with the table.
+    Raises: ClosedError if a tensor has no data, ShapeError if one is not contiguous.
+    """
+
+    def __cinit__(self, tensors, scales=()):
+        cdef Py_ssize_t i
+        cdef Tensor tensor
+        cdef c.ggml_tensor * t
+        self.tensors = list(tensors)
+        self.scales = [<float> each for each in scales]
+        self.n = len(self.tensors)
+        self._data = <void **> calloc(self.n + 1, sizeof(void *))
+        self._buffers = <c.ggml_backend_buffer **> calloc(self.n + 1, sizeof(void *))
+        if self._data == NULL or self._buffers == NULL:
+            raise MemoryError
+        owners = set()
+        for i in range(self.n):
+            tensor = <Tensor?> self.tensors[i]
+            t = check_source(tensor)
+            self._data[i] = t.data
+            self._buffers[i] = tensor.buffer()
+            owners.add(tensor.ctx)
+        self._owners = owners
+        signature = (len(self.scales), *[(each.type, each.ne) for each in self.tensors])
+        self.signature = _signatures.setdefault(signature, signature)
+
+    def __dealloc__(self):
+        free(self._data)
+        free(self._buffers)
+
+    def __len__(self):
+        return self.n
+
+
+cdef class Slots:
+    """Leaves of one graph whose data is elsewhere, and can be exchanged without building the graph again.
+
+    ggml keeps addresses in tensors, so a graph computes with other weights as soon as its leaves, and the views of
+    them, point at other memory of the same type and shape.  It keeps a scale node's factor in the node likewise.
+    """
+
+    def __cinit__(self, CGraph graph not None):
+        self.graph = graph
+        self._tensors = []
+        self._scales = []
+        self._binding = _Binding.__new__(_Binding)
+        graph.ctx.depend_on(self._binding)
+
+    def __dealloc__(self):
+        free(self._slots)
+        free(self._views)
+
+    def add(self, Tensor source not None):
+        """Return a new leaf with the type, shape and name of `source`, pointing at its data.
+
+        Raises: ClosedError if the source has no data, ShapeError if it is not contiguous, BackendError after seal().
+        """
+        cdef c.ggml_tensor * s = check_source(source)
+        if self._slots != NULL:
+            raise BackendError("Slots.add: the slots are sealed")
+        cdef Tensor leaf = self.graph.ctx.new_tensor(source.type, source.ne, source.name)
+        leaf._ptr.data = s.data
+        leaf._ptr.buffer = source.buffer()
+        self._binding.depend_on(source.ctx)
+        self._tensors.append((leaf, source))
+        return leaf
+
+    def add_scale(self, Tensor node not None):
+        """Return `node`, made by ops.scale: its factor can be exchanged too.
+
+        Raises: ShapeError if it is another op's, or another graph's; BackendError after seal().
+        """
+        cdef c.ggml_tensor * t = node.ptr()
+        if t.op != c.GGML_OP_SCALE or node.ctx is not self.graph.ctx:
+            raise ShapeError(f"Slots.add_scale: {node!r} is not a scale node of this graph")
+        if self._slots != NULL:
+            raise BackendError("Slots.add_scale: the slots are sealed")
+        self._scales.append(node)
+        return node
+
+    def seal(self):
+        """Record the slots and their views, once the graph is complete and allocated, and bind them to their sources.
+
+        From here on the graph's Context keeps only the bound table's tensors alive.
+        Raises: BackendError when called twice.
+        """
+        cdef Py_ssize_t i
+        cdef int k, n_nodes = c.ggml_graph_n_nodes(self.graph.ptr())
+        cdef c.ggml_tensor * t
+        if self._slots != NULL:
+            raise BackendError("Slots.seal: the slots are sealed already")
+        sources = [source for _, source in self._tensors]
+        self.table = TensorTable(sources, [(<float *> (<Tensor> node)._ptr.op_params)[0] for node in self._scales])
+        self._n_nodes = n_nodes
+        self.n = len(self._tensors)
+        self._slots = <c.ggml_tensor **> malloc((self.n + 1) * sizeof(void *))
+        self._views = <c.ggml_tensor **> malloc((n_nodes + 1) * sizeof(void *))
+        if self._slots == NULL or self._views == NULL:
+            raise MemoryError
+        roots = set()
+        for i in range(self.n):
+            self._slots[i] = (<Tensor> self._tensors[i][0])._ptr
+            roots.add(<size_t> self._slots[i])
+        self._written = not roots.isdisjoint(written_roots(self.graph))
+        for k in range(n_nodes):
+            t = c.ggml_graph_node(self.graph._ptr, k)
+            if t.view_src != NULL and <size_t> t.view_src in roots:
+                self._views[self.n_views] = t
+                self.n_views += 1
+        self._tensors = [leaf for leaf, _ in self._tensors]
+        self._binding._uses = self.table._owners
+
+    def bind(self, TensorTable table not None):
+        """Point the slots at the tensors of `table`, if they do not point there already.
+
+        Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
+        before seal() or if the graph has grown since.
+        """
+        cdef Py_ssize_t i
+        cdef c.ggml_tensor * t
+        if table is self.table:
+            return
+        if self._slots == NULL or c.ggml_graph_n_nodes(self.graph.ptr()) != self._n_nodes:
+            raise BackendError("Slots.bind: the slots are not sealed yet, or the graph has grown since")
+        check_idle(self.graph.ctx)
+        if table.signature is not self.table.signature:
+            raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
+                             f"{self._first_difference(table)}")
+        for i in range(len(self._scales)):
+            (<float *> (<Tensor> self._scales[i])._ptr.op_params)[0] = table.scales[i]
+        for i in range(self.n):
+            self._slots[i].data = table._data[i]
+            self._slots[i].buffer = table._buffers[i]
+        for i in range(self.n_views):
+            t = self._views[i]
+            t.data = <char *> t.view_src.data + t.view_offs
+            t.buffer = t.view_src.buffer
+        if self._written:
+            self.graph._supported_by = None  # what the slots point at now may be read-only
+        self.table = table
+        self._binding._uses = table._owners
+
+    def _first_difference(self, TensorTable table):
+        if table.n != self.n:
+            return f"{table.n} tensors for {self.n} slots"
+        for slot, tensor in zip(self._tensors, table.tensors):
+            if (slot.type, slot.ne) != (tensor.type, tensor.ne):
+                return f"{tensor!r} for {slot!r}"
+        return f"{len(table.scales)} factors for {len(self._scales)} scale nodes"
+
+    def __len__(self):
+        return len(self._tensors)

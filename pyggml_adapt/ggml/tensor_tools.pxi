@@ -1,0 +1,48 @@
+# What Tensor uses; context.pyx includes this before tensor.pxi.
+
+cdef int n_dims(c.ggml_tensor * t) noexcept:
+    """Return the number of dimensions up to the last that is not 1; ggml_n_dims takes an empty one for absent."""
+    cdef int n = c.GGML_MAX_DIMS
+    while n > 1 and t.ne[n - 1] == 1:
+        n -= 1
+    return n
+
+
+cdef struct Export:  # what a buffer that a tensor gave away needs until it comes back
+    PyObject * owner  # of the memory
+    Py_ssize_t shape[4]
+    Py_ssize_t strides[4]
+
+
+cdef object spread(size_t size, size_t n, size_t stride):
+    """Return the bytes from the first of n pieces of `size` bytes to behind the last, without overflow."""
+    return (int(n) - 1) * int(stride) + int(size)
+
+
+cdef void describe(Export * export, c.ggml_tensor * t, bint as_bytes) noexcept:
+    """Fill in shape and strides in NumPy's order; of quantised types and BF16 those of their bytes."""
+    cdef int i, k, n = n_dims(t)
+    for i in range(n):
+        k = n - 1 - i
+        export.shape[i], export.strides[i] = t.ne[k], t.nb[k]
+    if as_bytes:
+        export.shape[n - 1], export.strides[n - 1] = c.ggml_row_size(t.type, t.ne[0]), 1
+
+
+cdef Context home_of(Tensor a, Tensor b):
+    """Return the context that the result of an operator lives in: of the one that is computed, else the left one's."""
+    if a.ctx is b.ctx or a.ptr().op != c.GGML_OP_NONE or b.ptr().op == c.GGML_OP_NONE:
+        return a.ctx
+    return b.ctx
+
+
+def _larger_first(Tensor a, Tensor b):
+    """Return a and b, or b and a if only a can be broadcast."""
+    return (a, b) if c.ggml_can_repeat(b.ptr(), a.ptr()) or not c.ggml_can_repeat(a.ptr(), b.ptr()) else (b, a)
+
+
+def _ops():
+    """Return the module of ops, which knows this one."""
+    from pyggml_adapt.ggml import ops
+
+    return ops
