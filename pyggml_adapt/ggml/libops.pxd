@@ -200,22 +200,10 @@ cdef extern from "ggml.h" nogil:
     ggml_tensor * ggml_cpy(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
     ggml_tensor * ggml_cast(ggml_context * ctx, ggml_tensor * a, ggml_type type)
     ggml_tensor * ggml_cont(ggml_context * ctx, ggml_tensor * a)
-    ggml_tensor * ggml_cont_1d(ggml_context * ctx, ggml_tensor * a, int64_t ne0)
-    ggml_tensor * ggml_cont_2d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1)
-    ggml_tensor * ggml_cont_3d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2)
     ggml_tensor * ggml_cont_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
                                int64_t ne3)
-    ggml_tensor * ggml_reshape(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b)
-    ggml_tensor * ggml_reshape_1d(ggml_context * ctx, ggml_tensor * a, int64_t ne0)
-    ggml_tensor * ggml_reshape_2d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1)
-    ggml_tensor * ggml_reshape_3d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2)
     ggml_tensor * ggml_reshape_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
                                   int64_t ne3)
-    ggml_tensor * ggml_view_1d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, size_t offset)
-    ggml_tensor * ggml_view_2d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, size_t nb1,
-                               size_t offset)
-    ggml_tensor * ggml_view_3d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1,
-                               size_t nb2, size_t offset)
     ggml_tensor * ggml_view_4d(ggml_context * ctx, ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2,
                                int64_t ne3, size_t nb1, size_t nb2, size_t nb3, size_t offset)
     ggml_tensor * ggml_permute(ggml_context * ctx, ggml_tensor * a, int axis0, int axis1, int axis2, int axis3)
@@ -263,7 +251,7 @@ cdef extern from "ggml.h" nogil:
                                        int n_dims, int sections[4], int mode, int n_ctx_orig, float freq_base,
                                        float freq_scale, float ext_factor, float attn_factor, float beta_fast,
                                        float beta_slow)
-    ggml_tensor * ggml_rope_set_offset(ggml_context * ctx, ggml_tensor * a, int offset)
+    ggml_tensor * ggml_rope_set_offset(ggml_tensor * a, int n_offs)
     ggml_tensor * ggml_im2col(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, int s0, int s1, int p0, int p1,
                               int d0, int d1, bool is_2D, ggml_type dst_type)
     ggml_tensor * ggml_im2col_back(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, int64_t * ne, int s0, int s1,
@@ -321,8 +309,6 @@ cdef extern from "ggml.h" nogil:
     ggml_prec ggml_flash_attn_ext_get_prec(const ggml_tensor * a)
     void ggml_flash_attn_ext_set_n_kv_max(ggml_tensor * a, int32_t n_kv_max)
     void ggml_flash_attn_ext_add_sinks(ggml_tensor * a, ggml_tensor * sinks)
-    ggml_tensor * ggml_flash_attn_back(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-                                       ggml_tensor * d, bool masked)
     ggml_tensor * ggml_ssm_conv(ggml_context * ctx, ggml_tensor * sx, ggml_tensor * c)
     ggml_tensor * ggml_ssm_scan(ggml_context * ctx, ggml_tensor * s, ggml_tensor * x, ggml_tensor * dt,
                                 ggml_tensor * A, ggml_tensor * B, ggml_tensor * C, ggml_tensor * ids, int64_t K)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyggml_adapt.ggml import CGraph, Context, RopeType, Tensor, Type, ops
+from pyggml_adapt.ggml import CGraph, Context, OpHint, Prec, RopeType, Tensor, Type, ops
 from pyggml_adapt.graph.inputs import Inputs
 from pyggml_adapt.graph.weights import LayerWeights, Weights
 
@@ -219,7 +219,7 @@ class GraphBuilder:
         n, ne = rotation.ne[0], cur.ne
         rows = (n, math.prod(ne) // n)
         flat = ops.reshape(self.ctx, cur, *rows) if cur.is_contiguous else ops.cont(self.ctx, cur, *rows)
-        product = ops.mul_mat_set_hadamard(ops.mul_mat(self.ctx, rotation, flat))
+        product = ops.mul_mat_set_hint(ops.mul_mat(self.ctx, rotation, flat), OpHint.SRC0_IS_HADAMARD)
         return ops.reshape(self.ctx, product, *ne)
 
     def store_kv(self, k: Tensor, v: Tensor, il: int) -> None:
@@ -279,13 +279,13 @@ class GraphBuilder:
         if v.type == Type.F32:
             v = ops.cast(ctx, v, Type.F16)
         cur = ops.flash_attn_ext(ctx, q, k, v, self.inputs.attn(il).kq_mask, scale, max_bias, soft_cap, sinks=sinks)
-        ops.mul_mat_set_prec_f32(cur)  # [n_embd_head, n_head, n_tokens]
+        ops.prec_set_acc(cur, Prec.F32)  # [n_embd_head, n_head, n_tokens]
         return ops.reshape(ctx, cur, cur.ne[0] * cur.ne[1], cur.ne[2])
 
     def _attn_soft_max(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, il: int) -> Tensor:
         ctx, max_bias, soft_cap = self.ctx, self.hp.f_max_alibi_bias, self.hp.f_attn_logit_softcapping
         kq = self.named(ops.mul_mat(ctx, k, q), "kq", il)  # [n_kv, n_tokens, n_head]
-        ops.mul_mat_set_prec_f32(kq)
+        ops.prec_set_acc(kq, Prec.F32)
         if soft_cap:
             kq = self.named(self.scaled(kq, 1.0 / soft_cap), "kq_scaled_1", il)
             kq = self.named(ops.tanh(ctx, kq), "kq_tanh", il)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyggml_adapt.ggml import RopeType, Type, dequantize, ops, quantize
+from pyggml_adapt.ggml import OpHint, Prec, RopeType, Type, dequantize, ops, quantize
 
 RNG = np.random.default_rng(7)
 
@@ -247,7 +247,7 @@ def test_mul_mat_of_views(bench):
     kq = ops.mul_mat(
         bench.ctx, ops.permute(bench.ctx, bench.leaf(k), 0, 2, 1, 3), ops.permute(bench.ctx, bench.leaf(q), 0, 2, 1, 3)
     )
-    out = bench.compute(ops.mul_mat_set_prec_f32(kq))[0]
+    out = bench.compute(ops.prec_set_acc(kq, Prec.F32))[0]
     exact = np.einsum("hqd,khd->hqk", q.transpose(1, 0, 2), k.repeat(2, axis=1))
     np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-5)
 
@@ -264,7 +264,7 @@ def test_mul_mat_hadamard(calc, n):
         h = np.block([[h, h], [h, -h]])
     h /= np.sqrt(np.float32(n))
     x = normal(5, n)
-    out = calc(lambda ctx, a, b: ops.mul_mat_set_hadamard(ops.mul_mat(ctx, a, b)), h, x)
+    out = calc(lambda ctx, a, b: ops.mul_mat_set_hint(ops.mul_mat(ctx, a, b), OpHint.SRC0_IS_HADAMARD), h, x)
     np.testing.assert_allclose(out, x @ h.T, rtol=1e-4, atol=1e-5)
 
 

@@ -1,6 +1,8 @@
 from pyggml_adapt.ggml.context import Context, Tensor
+from pyggml_adapt.ggml.enums import Prec
 
 def soft_max(ctx: Context, a: Tensor) -> Tensor: ...
+def soft_max_inplace(ctx: Context, a: Tensor) -> Tensor: ...
 def soft_max_ext(
     ctx: Context,
     a: Tensor,
@@ -9,20 +11,17 @@ def soft_max_ext(
     max_bias: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor: ...
-def rope_ext(
+def soft_max_ext_inplace(
     ctx: Context,
     a: Tensor,
-    pos: Tensor,
-    freq_factors: Tensor | None,
-    n_dims: int,
-    mode: int,
-    n_ctx_orig: int,
-    freq_base: float,
-    freq_scale: float,
-    ext_factor: float,
-    attn_factor: float,
-    beta_fast: float,
-    beta_slow: float,
+    mask: Tensor | None,
+    scale: float = 1.0,
+    max_bias: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor: ...
+def soft_max_ext_back(ctx: Context, a: Tensor, b: Tensor, scale: float = 1.0, max_bias: float = 0.0) -> Tensor: ...
+def soft_max_ext_back_inplace(
+    ctx: Context, a: Tensor, b: Tensor, scale: float = 1.0, max_bias: float = 0.0
 ) -> Tensor: ...
 def flash_attn_ext(
     ctx: Context,
@@ -35,3 +34,6 @@ def flash_attn_ext(
     logit_softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor: ...
+def flash_attn_ext_get_prec(a: Tensor) -> Prec: ...
+def flash_attn_ext_set_n_kv_max(a: Tensor, n_kv_max: int) -> Tensor: ...
+def lightning_indexer(ctx: Context, q: Tensor, k: Tensor, weights: Tensor, mask: Tensor) -> Tensor: ...

@@ -1,13 +1,17 @@
-"""Attention: masked softmax, rotary positions, and flash attention."""
+"""Attention: masked softmax, flash attention, and what selects the keys that it looks at."""
 
 from libc.math cimport INFINITY
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.context cimport Context, Tensor
 from pyggml_adapt.ggml.ops.checks cimport (
-    bad_shape, bad_type, bad_value, check_rows, check_size, check_weights, has_rows, is_float, is_weight, result,
+    bad_shape, bad_type, bad_value, check_even_rows, check_rows, check_size, check_weights, fits, has_rows,
+    is_float, is_weight, result,
 )
+
+
+ctypedef c.ggml_tensor * (*ext_op)(c.ggml_context *, c.ggml_tensor *, c.ggml_tensor *, float, float)
 
 
 cdef bint covers(c.ggml_tensor * mask, int64_t n_kv, int64_t n_tokens, int64_t n_head, int64_t n_seq) noexcept nogil:
@@ -21,8 +25,10 @@ cdef int check_qkv(c.ggml_tensor * pq, c.ggml_tensor * pk, c.ggml_tensor * pv, o
     if pq.type != c.GGML_TYPE_F32 or not is_weight(pv):
         raise bad_type("flash_attn_ext", "q must be F32, k and v of floating-point or quantised types", operands)
     if (pk.ne[2] == 0 or pq.ne[2] % pk.ne[2] or pk.ne[1] != pv.ne[1] or pv.ne[2] == 0 or pq.ne[2] % pv.ne[2]
-            or pq.ne[3] != pk.ne[3] or pq.ne[3] != pv.ne[3] or not has_rows(pv)):
+            or pq.ne[3] == 0 or pq.ne[3] != pk.ne[3] or pq.ne[3] != pv.ne[3] or not has_rows(pv)):
         raise bad_shape("flash_attn_ext", "q, k and v do not match", operands)
+    if not fits(pq) or not fits(pk) or not fits(pv):
+        raise bad_shape("flash_attn_ext", "q, k or v is too large", operands)
     return check_size("flash_attn_ext", <double> pv.ne[0] * pq.ne[1] * pq.ne[2] * pq.ne[3], operands)
 
 
@@ -39,73 +45,104 @@ cdef int check_sinks(str op, Tensor sinks, int64_t n_head, operands) except -1:
     return 0
 
 
-def soft_max(Context ctx not None, Tensor a not None):
-    """Return the softmax along ne0, shape of a.  Wraps: ggml_soft_max."""
-    check_rows("soft_max", a)
+cdef int check_logits(str op, Tensor a) except -1:
+    check_rows(op, a)
     if not c.ggml_is_contiguous(a.ptr()):
-        raise bad_shape("soft_max", "a must be contiguous", [("a", a)])
+        raise bad_shape(op, "a must be contiguous", [("a", a)])
+    if not fits(a.ptr()):
+        raise bad_shape(op, "a is too large", [("a", a)])
+    return 0
+
+
+def soft_max(Context ctx not None, Tensor a not None):
+    """Return the softmax along ne0, shape of a.  a: F32, contiguous.  Wraps: ggml_soft_max."""
+    check_logits("soft_max", a)
     return result(ctx, c.ggml_soft_max(ctx.room(1), a.ptr()), a)
+
+
+def soft_max_inplace(Context ctx not None, Tensor a not None):
+    """Return a view of a, in whose memory its softmax along ne0 is written.  Wraps: ggml_soft_max_inplace."""
+    check_logits("soft_max_inplace", a)
+    return result(ctx, c.ggml_soft_max_inplace(ctx.room(1), a.ptr()), a)
+
+
+cdef Tensor masked(str op, ext_op call, Context ctx, Tensor a, Tensor mask, float scale, float max_bias, Tensor sinks):
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pm = NULL
+    check_rows(op, a)
+    operands = [("a", a), ("mask", mask), ("sinks", sinks)]
+    if not c.ggml_is_contiguous(pa) or (max_bias > 0 and mask is None):
+        raise bad_shape(op, "a must be contiguous, and max_bias needs a mask", operands)
+    if not fits(pa):
+        raise bad_shape(op, "a is too large", operands)
+    if mask is not None:
+        pm = mask.ptr()
+        if not is_float(pm):
+            raise bad_type(op, "mask must be F16 or F32", operands)
+        if not covers(pm, pa.ne[0], pa.ne[1], pa.ne[2], pa.ne[3]):
+            raise bad_shape(op, "mask does not cover a", operands)
+    check_sinks(op, sinks, pa.ne[2], operands)
+    cdef c.ggml_tensor * t = call(ctx.room(1), pa, pm, scale, max_bias)
+    if sinks is not None:
+        c.ggml_soft_max_add_sinks(t, sinks.ptr())
+    return result(ctx, t, a, mask, sinks)
 
 
 def soft_max_ext(Context ctx not None, Tensor a not None, Tensor mask, float scale=1.0, float max_bias=0.0,
                  Tensor sinks=None):
     """Return softmax(a * scale + mask) along ne0, shape of a.
 
-    mask: F16 or F32 [a.ne0, >= a.ne1, ...], broadcast over ne2 and ne3, or None.  max_bias: ALiBi's, 0 for none.
+    a: F32, contiguous.  mask: contiguous F16 or F32 [a.ne0, >= a.ne1, ...], broadcast over ne2 and ne3, or None.
+    max_bias: ALiBi's, 0 for none.
     sinks: F32 [a.ne2] or None: of each head one more logit, which takes its share and is then left out.
     Raises: ShapeError if the mask does not cover a, or the sinks are not one for each head.
     Wraps: ggml_soft_max_ext, ggml_soft_max_add_sinks.
     """
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pm = NULL
-    check_rows("soft_max_ext", a)
-    operands = [("a", a), ("mask", mask), ("sinks", sinks)]
-    if not c.ggml_is_contiguous(pa) or (max_bias > 0 and mask is None):
-        raise bad_shape("soft_max_ext", "a must be contiguous, and max_bias needs a mask", operands)
-    if mask is not None:
-        pm = mask.ptr()
-        if not is_float(pm):
-            raise bad_type("soft_max_ext", "mask must be F16 or F32", operands)
-        if not covers(pm, pa.ne[0], pa.ne[1], pa.ne[2], pa.ne[3]):
-            raise bad_shape("soft_max_ext", "mask does not cover a", operands)
-    check_sinks("soft_max_ext", sinks, pa.ne[2], operands)
-    cdef c.ggml_tensor * t = c.ggml_soft_max_ext(ctx.room(1), pa, pm, scale, max_bias)
-    if sinks is not None:
-        c.ggml_soft_max_add_sinks(t, sinks.ptr())
-    return result(ctx, t, a, mask, sinks)
+    return masked("soft_max_ext", c.ggml_soft_max_ext, ctx, a, mask, scale, max_bias, sinks)
 
 
-def rope_ext(Context ctx not None, Tensor a not None, Tensor pos not None, Tensor freq_factors, int n_dims, int mode,
-             int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast,
-             float beta_slow):
-    """Return a with rotary position embedding, shape of a.
+def soft_max_ext_inplace(Context ctx not None, Tensor a not None, Tensor mask, float scale=1.0, float max_bias=0.0,
+                         Tensor sinks=None):
+    """Return a view of a, in whose memory soft_max_ext's result is written.
 
-    a: F32 [n_embd_head, n_head, n_tokens].  pos: I32 [n_tokens].  freq_factors: F32 [>= n_dims/2] or None.
-    n_dims: how many elements of each head are rotated.  mode: RopeType.NORMAL or NEOX.  The others as YaRN has them.
-    Raises: ShapeError if these do not match.
-    Wraps: ggml_rope_ext.
+    Raises: as soft_max_ext.
+    Wraps: ggml_soft_max_ext_inplace.
     """
-    cdef c.ggml_tensor * pa = a.ptr()
-    cdef c.ggml_tensor * pp = pos.ptr()
-    cdef c.ggml_tensor * pf = NULL
-    operands = [("a", a), ("pos", pos), ("freq_factors", freq_factors)]
-    if mode != c.GGML_ROPE_TYPE_NORMAL and mode != c.GGML_ROPE_TYPE_NEOX:
-        raise bad_value("rope_ext", f"mode {mode} is neither RopeType.NORMAL nor RopeType.NEOX")
-    check_rows("rope_ext", a)
-    if pp.type != c.GGML_TYPE_I32:
-        raise bad_type("rope_ext", "pos must be I32", operands)
-    if n_dims < 2 or n_dims % 2 or n_dims > pa.ne[0]:
-        raise bad_shape("rope_ext", f"n_dims = {n_dims} is not an even number up to ne0", operands)
-    if pa.ne[0] % 2:
-        raise bad_shape("rope_ext", "ne0 must be even", operands)
-    if pp.ne[0] != pa.ne[2] or pp.ne[1] * pp.ne[2] * pp.ne[3] != 1 or not has_rows(pp):
-        raise bad_shape("rope_ext", "pos needs one position for each token", operands)
-    if freq_factors is not None:
-        pf = freq_factors.ptr()
-        if pf.type != c.GGML_TYPE_F32 or pf.ne[0] < n_dims // 2 or not has_rows(pf):
-            raise bad_shape("rope_ext", "freq_factors must be F32 [>= n_dims/2]", operands)
-    return result(ctx, c.ggml_rope_ext(ctx.room(1), pa, pp, pf, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
-                                       ext_factor, attn_factor, beta_fast, beta_slow), a, pos, freq_factors)
+    return masked("soft_max_ext_inplace", c.ggml_soft_max_ext_inplace, ctx, a, mask, scale, max_bias, sinks)
+
+
+cdef Tensor masked_back(str op, ext_op call, Context ctx, Tensor a, Tensor b, float scale, float max_bias):
+    """Check that a and b are rows at one distance, in one shape, and return the gradient."""
+    operands = [("a", a), ("b", b)]
+    check_even_rows(op, a)
+    check_even_rows(op, b)
+    if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
+        raise bad_shape(op, "shapes differ", operands)
+    if not c.ggml_is_contiguous(a.ptr()) or not c.ggml_is_contiguous(b.ptr()) or not fits(a.ptr()):
+        raise bad_shape(op, "a and b must be contiguous, and not too large", operands)
+    if max_bias != 0:  # the kernel asserts it
+        raise bad_value(op, f"max_bias must be 0, not {max_bias}")
+    return result(ctx, call(ctx.room(1), a.ptr(), b.ptr(), scale, max_bias), a, b)
+
+
+def soft_max_ext_back(Context ctx not None, Tensor a not None, Tensor b not None, float scale=1.0, float max_bias=0.0):
+    """Return the gradient of soft_max_ext's operand, shape of a.
+
+    a: the gradient of its result.  b: its result.  Both F32 and contiguous.  max_bias: 0, ggml has no other.
+    Raises: ShapeError if shapes differ or max_bias is not 0.
+    Wraps: ggml_soft_max_ext_back.
+    """
+    return masked_back("soft_max_ext_back", c.ggml_soft_max_ext_back, ctx, a, b, scale, max_bias)
+
+
+def soft_max_ext_back_inplace(Context ctx not None, Tensor a not None, Tensor b not None, float scale=1.0,
+                              float max_bias=0.0):
+    """Return a view of a, in whose memory soft_max_ext_back's result is written.
+
+    Raises: as soft_max_ext_back.
+    Wraps: ggml_soft_max_ext_back_inplace.
+    """
+    return masked_back("soft_max_ext_back_inplace", c.ggml_soft_max_ext_back_inplace, ctx, a, b, scale, max_bias)
 
 
 def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, Tensor v not None, Tensor mask,
@@ -139,3 +176,65 @@ def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, T
     if sinks is not None:
         c.ggml_flash_attn_ext_add_sinks(t, sinks.ptr())
     return result(ctx, t, q, k, v, mask, sinks)
+
+
+cdef int check_flash(str op, Tensor a) except -1:
+    if a.ptr().op != c.GGML_OP_FLASH_ATTN_EXT:
+        raise bad_value(op, f"{a.op} is not the result of flash_attn_ext")
+    return 0
+
+
+def flash_attn_ext_get_prec(Tensor a not None):
+    """Return how precisely a, the result of flash_attn_ext, is accumulated, as a Prec.
+
+    Raises: ShapeError if a is the result of another op.
+    Wraps: ggml_flash_attn_ext_get_prec.
+    """
+    from pyggml_adapt.ggml.enums import Prec  # at the top it would become a public name of ops
+    check_flash("flash_attn_ext_get_prec", a)
+    return Prec(<int> c.ggml_flash_attn_ext_get_prec(a.ptr()))
+
+
+def flash_attn_ext_set_n_kv_max(Tensor a not None, int32_t n_kv_max):
+    """Return a, the result of flash_attn_ext, whose mask now leaves each token at most n_kv_max keys; 0: any number.
+
+    A hint for backends that skip the others; those on CPUs do not use it.
+    Raises: ShapeError if a is the result of another op, or n_kv_max negative.
+    Wraps: ggml_flash_attn_ext_set_n_kv_max.
+    """
+    check_flash("flash_attn_ext_set_n_kv_max", a)
+    if n_kv_max < 0:
+        raise bad_value("flash_attn_ext_set_n_kv_max", f"n_kv_max {n_kv_max} is negative")
+    c.ggml_flash_attn_ext_set_n_kv_max(a.ptr(), n_kv_max)
+    return a
+
+
+cdef int check_indexer(c.ggml_tensor * q, c.ggml_tensor * k, c.ggml_tensor * w, c.ggml_tensor * m, operands) except -1:
+    if q.type != c.GGML_TYPE_F32 or w.type != c.GGML_TYPE_F32 or m.type != c.GGML_TYPE_F16 or not is_weight(k):
+        raise bad_type("lightning_indexer",
+                       "q and weights must be F32, mask F16, k of a floating-point or quantised type", operands)
+    if (q.ne[0] != k.ne[0] or k.ne[1] != 1 or q.ne[1] != w.ne[0] or q.ne[2] != w.ne[1] or w.ne[2] != 1
+            or m.ne[0] != k.ne[2] or m.ne[1] != q.ne[2] or m.ne[2] != 1
+            or q.ne[3] != k.ne[3] or q.ne[3] != w.ne[3] or m.ne[3] == 0 or q.ne[3] % m.ne[3]):
+        raise bad_shape("lightning_indexer", "q, k, weights and mask do not match", operands)
+    if not has_rows(q) or not has_rows(k) or not has_rows(w) or not has_rows(m):
+        raise bad_shape("lightning_indexer", "the rows of all operands must be contiguous", operands)
+    if not fits(q) or not fits(k) or not fits(m):
+        raise bad_shape("lightning_indexer", "q, k or mask is too large", operands)
+    return check_size("lightning_indexer", <double> k.ne[2] * q.ne[2] * q.ne[3], operands)
+
+
+def lightning_indexer(Context ctx not None, Tensor q not None, Tensor k not None, Tensor weights not None,
+                      Tensor mask not None):
+    """Return how much each token wants each key, F32 [n_kv, n_tokens, 1, n_seq]: the sum over heads of
+    weights * max(q k, 0), plus the mask.
+
+    q: F32 [n_embd, n_head, n_tokens, n_seq].  k: [n_embd, 1, n_kv, n_seq].  weights: F32 [n_head, n_tokens, 1, n_seq].
+    mask: F16 [n_kv, n_tokens, 1, n_seq or a divisor of it].
+    Raises: ShapeError if these do not match or their rows are not contiguous.
+    Wraps: ggml_lightning_indexer.
+    """
+    operands = [("q", q), ("k", k), ("weights", weights), ("mask", mask)]
+    check_indexer(q.ptr(), k.ptr(), weights.ptr(), mask.ptr(), operands)
+    return result(ctx, c.ggml_lightning_indexer(ctx.room(1), q.ptr(), k.ptr(), weights.ptr(), mask.ptr()), q, k,
+                  weights, mask)

@@ -39,11 +39,6 @@ cdef Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tens
     return ctx.wrap(t)
 
 
-cdef Tensor unary(str op, unary_op call, Context ctx, Tensor a):
-    check_rows(op, a)
-    return result(ctx, call(ctx.room(1), a.ptr()), a)
-
-
 cdef object bad_shape(str op, str why, operands):
     shapes = ", ".join(f"{name} {list((<Tensor> t).ne)}" for name, t in operands if t is not None)
     return ShapeError(f"{op}: {why} ({shapes})")
@@ -128,3 +123,60 @@ cdef int check_weights(str op, c.ggml_tensor * pa, c.ggml_tensor * pb, operands)
     if not (is_float(pb) or pb.type == c.GGML_TYPE_BF16):
         raise bad_type(op, "the second operand must be F32, F16 or BF16", operands)
     return 0
+
+
+cdef int check_counts(str op, Tensor a) except -1:
+    if not fits(a.ptr()):
+        raise bad_shape(op, "a kernel cannot count so many elements in a row, or so many rows", [("a", a)])
+    return 0
+
+
+cdef int check_floats(str op, Tensor a, bint f16, bint bf16) except -1:
+    """Check that a is F32, or F16 or BF16 if kernels take these, with contiguous rows."""
+    cdef c.ggml_tensor * pa = a.ptr()
+    if (pa.type != c.GGML_TYPE_F32 and not (f16 and pa.type == c.GGML_TYPE_F16)
+            and not (bf16 and pa.type == c.GGML_TYPE_BF16)):
+        types = "F32, F16 or BF16" if f16 and bf16 else "F32 or F16" if f16 else "F32 or BF16" if bf16 else "F32"
+        raise bad_type(op, f"a must be {types}", [("a", a)])
+    if not has_rows(pa):
+        raise bad_shape(op, "the rows of a must be contiguous", [("a", a)])
+    return check_counts(op, a)
+
+
+cdef int check_even_floats(str op, Tensor a, bint f16, bint bf16) except -1:
+    """Check that a is as check_floats wants it, with rows at one distance."""
+    check_floats(op, a, f16, bf16)
+    if not has_even_rows(a.ptr()):
+        raise bad_shape(op, "the rows of a must lie at one distance", [("a", a)])
+    return 0
+
+
+cdef int check_inplace(str op, Tensor a) except -1:
+    """Check that no two elements of a share memory: which result would be left there, is a race between threads."""
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef size_t end = c.ggml_type_size(pa.type)  # of the dimensions with smaller strides, from the first element on
+    cdef int k, next, done = 0
+    if c.ggml_nelements(pa) == 0:
+        return 0
+    for _ in range(4):
+        next = -1
+        for k in range(4):
+            if not done >> k & 1 and (next < 0 or pa.nb[k] < pa.nb[next]):
+                next = k
+        done |= 1 << next
+        if pa.ne[next] > (c.ggml_blck_size(pa.type) if next == 0 else 1):
+            if pa.nb[next] < end:
+                raise bad_shape(op, "elements of a share memory: it cannot be written in place", [("a", a)])
+            end += (pa.ne[next] // (c.ggml_blck_size(pa.type) if next == 0 else 1) - 1) * pa.nb[next]
+    return 0
+
+
+cdef Tensor elementwise(str op, unary_op call, Context ctx, Tensor a):
+    """Return a new tensor, made by an op that kernels have for elements of F32, F16 and BF16."""
+    check_floats(op, a, True, True)
+    return result(ctx, call(ctx.room(1), a.ptr()), a)
+
+
+cdef Tensor elementwise_inplace(str op, unary_op call, Context ctx, Tensor a):
+    check_inplace(op, a)
+    return elementwise(op, call, ctx, a)

@@ -1,0 +1,100 @@
+from collections.abc import Sequence
+
+from pyggml_adapt.ggml.context import Context, Tensor
+
+def rope(ctx: Context, a: Tensor, pos: Tensor, n_dims: int, mode: int) -> Tensor: ...
+def rope_inplace(ctx: Context, a: Tensor, pos: Tensor, n_dims: int, mode: int) -> Tensor: ...
+def rope_ext(
+    ctx: Context,
+    a: Tensor,
+    pos: Tensor,
+    freq_factors: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor: ...
+def rope_ext_inplace(
+    ctx: Context,
+    a: Tensor,
+    pos: Tensor,
+    freq_factors: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor: ...
+def rope_ext_back(
+    ctx: Context,
+    a: Tensor,
+    pos: Tensor,
+    freq_factors: Tensor | None,
+    n_dims: int,
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor: ...
+def rope_multi(
+    ctx: Context,
+    a: Tensor,
+    pos: Tensor,
+    freq_factors: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor: ...
+def rope_multi_inplace(
+    ctx: Context,
+    a: Tensor,
+    pos: Tensor,
+    freq_factors: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor: ...
+def rope_multi_back(
+    ctx: Context,
+    a: Tensor,
+    pos: Tensor,
+    freq_factors: Tensor | None,
+    n_dims: int,
+    sections: Sequence[int],
+    mode: int,
+    n_ctx_orig: int,
+    freq_base: float,
+    freq_scale: float,
+    ext_factor: float,
+    attn_factor: float,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor: ...
+def rope_set_offset(a: Tensor, n_offs: int) -> Tensor: ...
