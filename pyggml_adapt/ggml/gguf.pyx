@@ -27,7 +27,7 @@ from pyggml_adapt.errors import (
 from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf_values import DTYPES as _DTYPES
-from pyggml_adapt.ggml.gguf_values import Metadata, TensorInfo, buffers, numbers, text
+from pyggml_adapt.ggml.gguf_values import Metadata, TensorInfo, array_of, buffers, numbers, text
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -59,6 +59,7 @@ cdef class GGUFReader:
 
     cdef g.gguf_context * _ptr
     cdef int _fd
+    cdef object _map
     cdef dict _keys, _values
     cdef readonly str path
     cdef readonly int version
@@ -257,6 +258,18 @@ cdef class GGUFReader:
         except (OSError, ValueError) as exc:
             raise FileAccessError.of(self.path, exc) from exc
 
+    def array(self, str name):
+        """Return a tensor's elements, ne turned round, as a read-only NumPy array; a KeyError names it if it is absent.
+
+        It shows the mapped file without a copy, and outlives the reader.  Quantised types and BF16 come as their raw
+        bytes, one row of blocks per last axis (uint8): see dequantize().
+        """
+        info = self.tensors[name]
+        self.ptr()
+        if self._map is None:
+            self._map = self.map()
+        return array_of(info, self._map)
+
     @property
     def closed(self):
         """Return whether close() was called."""
@@ -265,7 +278,7 @@ cdef class GGUFReader:
     def close(self):
         """Free the header and close the file; `tensors` stays, `metadata` does not.  Closing twice is allowed."""
         g.gguf_free(self._ptr)
-        self._ptr = NULL
+        self._ptr, self._map = NULL, None
         self._values.clear()
         if self._fd >= 0:
             close(self._fd)
@@ -279,205 +292,4 @@ cdef class GGUFReader:
         self.close()
 
 
-cdef class GGUFWriter:
-    """Own a GGUF header under construction, and write files that begin with it.
-
-    alignment: of tensor data, in bytes; if it is not 32, the key general.alignment is there from the start.
-    version: 2 or 3.
-    Wraps: gguf_init_from_buffer, gguf_free, gguf_set_*, gguf_add_tensor, gguf_get_meta_data.
-    """
-
-    cdef g.gguf_context * _ptr
-    cdef dict _tensors  # name -> bytes
-    cdef object _nbytes  # of all tensors, padded
-    cdef readonly int version
-    cdef readonly object alignment
-
-    def __cinit__(self, *, alignment=g.GGUF_DEFAULT_ALIGNMENT, version=g.GGUF_VERSION):
-        self._tensors, self._nbytes = {}, 0
-        if not 0 < alignment <= ALIGNMENT_MAX or alignment & (alignment - 1):
-            raise ParameterError(f"alignment must be a power of two up to {ALIGNMENT_MAX}, not {alignment}")
-        if version not in (2, g.GGUF_VERSION):
-            raise ParameterError(f"version must be 2 or 3, not {version}")
-        self.alignment, self.version = alignment, version
-        self._start()
-
-    def __dealloc__(self):
-        g.gguf_free(self._ptr)
-
-    cdef _start(self):
-        """Make a context of our alignment and version: gguf.h takes both only from a file that it reads."""
-        cdef g.gguf_init_params params
-        params.no_alloc, params.ctx = True, NULL
-        self._ptr = g.gguf_init_empty()
-        g.gguf_set_val_u32(self._ptr, b"general.alignment", self.alignment)
-        start = bytearray(self.header())
-        start[4:8] = self.version.to_bytes(4, "little")
-        g.gguf_free(self._ptr)
-        self._ptr = g.gguf_init_from_buffer(<char *> start, len(start), params)
-        if self._ptr == NULL:
-            raise AllocError("GGUFWriter: no memory for a header")
-        if self.alignment == g.GGUF_DEFAULT_ALIGNMENT:
-            g.gguf_remove_key(self._ptr, b"general.alignment")
-
-    def set(self, str key, value, str type):
-        """Set `key`, new or not, as the last key of the header.
-
-        value: int, float, bool or str; or a sequence of them or an array, which makes an array.
-        type: gguf.h's name of the type of the value or of its elements: "u8", "i32", "f32", "bool", "str", ...
-        Raises: ParameterError if the value does not fit the type.
-        """
-        cdef bytes name = text(key, "key")
-        if type not in _TYPE_IDS or type == "arr":
-            raise ParameterError(f"{key!r}: {type!r} is not a type of metadata")
-        is_array = isinstance(value, (list, tuple)) or isinstance(value, np.ndarray) and value.ndim > 0
-        self._check_alignment(key, None if is_array or type != "u32" else value)
-        if type == "str":
-            self._set_strings(name, [text(v, key, True) for v in value] if is_array else text(value, key, True))
-            return
-        data = numbers(key, value, type)
-        if is_array:
-            g.gguf_set_arr_data(self._ptr, name, <g.gguf_type> <int> _TYPE_IDS[type], PyBytes_AS_STRING(data),
-                                len(data) // _DTYPES[type].itemsize)
-        else:
-            _set_scalar(self._ptr, name, _TYPE_IDS[type], PyBytes_AS_STRING(data))
-
-    cdef _set_strings(self, bytes key, texts):
-        cdef const char ** pointers
-        cdef size_t i, n
-        if isinstance(texts, bytes):
-            g.gguf_set_val_str(self._ptr, key, <bytes> texts)
-            return
-        n = len(texts)
-        pointers = <const char **> PyMem_RawMalloc(max(n, 1) * sizeof(char *))
-        if pointers == NULL:
-            raise AllocError(f"GGUFWriter: no memory for {n} strings")
-        for i in range(n):
-            pointers[i] = PyBytes_AS_STRING(texts[i])
-        g.gguf_set_arr_str(self._ptr, key, pointers, n)
-        PyMem_RawFree(pointers)
-
-    cdef _check_alignment(self, str key, value):
-        if key == "general.alignment" and value != self.alignment:
-            raise ParameterError(f"general.alignment must be {self.alignment} of type u32, as the writer was told")
-
-    def copy_kv(self, GGUFReader reader, str key, str new_key=None):
-        """Copy a key of `reader` with its exact type and bytes, as the last key; it may get a new name."""
-        cdef int64_t i = reader._keys[key]
-        cdef g.gguf_type kind = g.gguf_get_kv_type(reader.ptr(), i)
-        cdef str name = key if new_key is None else new_key
-        cdef bytes target = text(name, "key")
-        cdef bytes data
-        cdef size_t j
-        self._check_alignment(name, reader.value(key) if kind == g.GGUF_TYPE_UINT32 else None)
-        if kind == g.GGUF_TYPE_STRING:
-            g.gguf_set_val_str(self._ptr, target, g.gguf_get_val_str(reader._ptr, i))
-        elif kind != g.GGUF_TYPE_ARRAY:
-            data = reader._raw(i)
-            _set_scalar(self._ptr, target, kind, PyBytes_AS_STRING(data))
-        elif g.gguf_get_arr_type(reader._ptr, i) == g.GGUF_TYPE_STRING:
-            self._set_strings(target, [<bytes> g.gguf_get_arr_str(reader._ptr, i, j)
-                                       for j in range(g.gguf_get_arr_n(reader._ptr, i))])
-        else:
-            g.gguf_set_arr_data(self._ptr, target, g.gguf_get_arr_type(reader._ptr, i),
-                                g.gguf_get_arr_data(reader._ptr, i), g.gguf_get_arr_n(reader._ptr, i))
-
-    def add_tensor(self, str name, type, ne):
-        """Add a tensor after those that are there.
-
-        ne: one to four extents in ggml's order.
-        Raises: ParameterError if gguf.h would not read it back: name, shape or type.
-        Wraps: gguf_add_tensor.
-        """
-        cdef c.ggml_tensor t
-        cdef bytes raw = text(name, "tensor name")
-        try:
-            type, ne = Type(type), tuple(ne)
-        except ValueError:
-            raise ParameterError(f"{name!r}: {type!r} is not a type of tensors") from None
-        if len(raw) >= c.GGML_MAX_NAME:
-            raise ParameterError(f"{name!r}: a tensor name has at most {c.GGML_MAX_NAME - 1} bytes, not {len(raw)}")
-        if name in self._tensors:
-            raise ParameterError(f"{name!r}: the tensor was added already")
-        if not 1 <= len(ne) <= c.GGML_MAX_DIMS or min(ne) < 1 or ne[0] % type.blck_size:
-            raise ParameterError(f"{name!r}: a tensor of type {type.name} cannot have the shape {list(ne)}")
-        ne = (*ne, 1, 1, 1)[:4]
-        nbytes = ne[0] // type.blck_size * type.type_size * ne[1] * ne[2] * ne[3]
-        # ggml multiplies ne[0] by the bytes of a whole block before it divides
-        if self._nbytes + nbytes * type.blck_size + self.alignment >= 1 << 63:
-            raise ParameterError(f"{name!r}: the tensors' sizes do not fit 63 bits")
-        memset(&t, 0, sizeof(t))
-        memcpy(t.name, <char *> raw, len(raw))
-        t.type = <c.ggml_type> <int> type
-        t.ne[0], t.ne[1], t.ne[2], t.ne[3] = ne
-        t.nb[0] = type.type_size
-        t.nb[1] = t.nb[0] * (t.ne[0] // <int64_t> type.blck_size)
-        t.nb[2] = t.nb[1] * t.ne[1]
-        t.nb[3] = t.nb[2] * t.ne[2]
-        g.gguf_add_tensor(self._ptr, &t)
-        self._tensors[name] = nbytes
-        self._nbytes += nbytes + -nbytes % self.alignment
-
-    @property
-    def tensors(self):
-        """Return the added tensors' sizes in bytes by name, in file order."""
-        return MappingProxyType(self._tensors)
-
-    def header(self):
-        """Return the header's bytes, padded to the alignment: what comes before the tensors' data.
-
-        Wraps: gguf_get_meta_size, gguf_get_meta_data.
-        """
-        cdef bytes data = PyBytes_FromStringAndSize(NULL, g.gguf_get_meta_size(self._ptr))
-        g.gguf_get_meta_data(self._ptr, PyBytes_AS_STRING(data))
-        return data
-
-    def write(self, path, data, *, overwrite=False):
-        """Write a whole file: under its name it appears complete and synced, or not at all.
-
-        data: name -> the tensor's bytes, as a mapping or a function; a buffer, or an iterable of buffers.
-        Raises: OverwriteError, FileAccessError; ParameterError if a tensor's bytes are too few or too many.
-        """
-        with AtomicFile(path, overwrite=overwrite) as file:
-            self.write_to(file, data)
-            file.commit()
-
-    def write_to(self, file, data):
-        """Write header and data to `file`, an AtomicFile or anything with write(); see `write`."""
-        get = data.__getitem__ if hasattr(data, "__getitem__") else data
-        file.write(self.header())
-        for name, nbytes in self._tensors.items():
-            blocks = get(name)
-            n = 0
-            for block in buffers(blocks):
-                n += block.nbytes
-                if n <= nbytes:
-                    file.write(block)
-            if n != nbytes:
-                raise ParameterError(f"{name!r}: the tensor has {nbytes} bytes, not {n}")
-            file.write(bytes(-nbytes % self.alignment))
-
-
-cdef _set_scalar(g.gguf_context * ctx, bytes key, int kind, const char * data):
-    if kind == g.GGUF_TYPE_UINT8:
-        g.gguf_set_val_u8(ctx, key, (<uint8_t *> data)[0])
-    elif kind == g.GGUF_TYPE_INT8:
-        g.gguf_set_val_i8(ctx, key, (<int8_t *> data)[0])
-    elif kind == g.GGUF_TYPE_UINT16:
-        g.gguf_set_val_u16(ctx, key, (<uint16_t *> data)[0])
-    elif kind == g.GGUF_TYPE_INT16:
-        g.gguf_set_val_i16(ctx, key, (<int16_t *> data)[0])
-    elif kind == g.GGUF_TYPE_UINT32:
-        g.gguf_set_val_u32(ctx, key, (<uint32_t *> data)[0])
-    elif kind == g.GGUF_TYPE_INT32:
-        g.gguf_set_val_i32(ctx, key, (<int32_t *> data)[0])
-    elif kind == g.GGUF_TYPE_UINT64:
-        g.gguf_set_val_u64(ctx, key, (<uint64_t *> data)[0])
-    elif kind == g.GGUF_TYPE_INT64:
-        g.gguf_set_val_i64(ctx, key, (<int64_t *> data)[0])
-    elif kind == g.GGUF_TYPE_FLOAT32:
-        g.gguf_set_val_f32(ctx, key, (<float *> data)[0])
-    elif kind == g.GGUF_TYPE_FLOAT64:
-        g.gguf_set_val_f64(ctx, key, (<double *> data)[0])
-    else:
-        g.gguf_set_val_bool(ctx, key, data[0] != 0)
+include "gguf_writer.pxi"

@@ -26,6 +26,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "f64": np.dtype("f8"),
     "bool": np.dtype("?"),
 }
+ELEMENTS = {
+    Type.F32: "f4", Type.F16: "f2", Type.F64: "f8", Type.I8: "i1", Type.I16: "i2", Type.I32: "i4", Type.I64: "i8",
+}  # fmt: skip
 
 
 class TensorInfo(NamedTuple):
@@ -41,6 +44,14 @@ class TensorInfo(NamedTuple):
     def n_dims(self) -> int:
         """Return the number of dimensions, trailing ones left out; at least 1."""
         return max((i + 1 for i in range(4) if self.ne[i] > 1), default=1)
+
+
+def array_of(info: TensorInfo, data: Any) -> np.ndarray:
+    """Return a tensor's elements as an array over `data`, the whole file; those of blocks as bytes, row by row."""
+    shape, dtype = info.ne[: info.n_dims][::-1], ELEMENTS.get(info.type)
+    if dtype is None:
+        shape, dtype = (*shape[:-1], info.type.row_size(info.ne[0])), "u1"
+    return np.ndarray(shape, dtype, data, info.offset)
 
 
 class Metadata(Mapping[str, Any]):
@@ -101,4 +112,4 @@ def buffers(data: Any) -> Iterator[memoryview]:
         blocks = data
     for block in blocks:
         view = memoryview(block)
-        yield (view if view.contiguous else memoryview(bytes(view))).cast("B")
+        yield (view if view.c_contiguous else memoryview(bytes(view))).cast("B")

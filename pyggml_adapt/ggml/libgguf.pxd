@@ -46,7 +46,6 @@ cdef extern from "gguf.h" nogil:
     size_t gguf_get_data_offset(const gguf_context * ctx)
 
     int64_t gguf_get_n_kv(const gguf_context * ctx)
-    int64_t gguf_find_key(const gguf_context * ctx, const char * key)
     const char * gguf_get_key(const gguf_context * ctx, int64_t key_id)
     gguf_type gguf_get_kv_type(const gguf_context * ctx, int64_t key_id)
     gguf_type gguf_get_arr_type(const gguf_context * ctx, int64_t key_id)

@@ -1,4 +1,4 @@
-"""Conversion between NumPy arrays of F32 and ggml's types."""
+"""Conversion between NumPy arrays and ggml's types."""
 
 from libc.stdint cimport int64_t
 
@@ -9,85 +9,148 @@ import numpy as np
 from pyggml_adapt.errors import DTypeError, ParameterError, ShapeError
 from pyggml_adapt.ggml.enums import Type
 
+# types whose elements are NumPy's own, and which ggml does not convert
+_PLAIN = {Type.F32: np.float32, Type.F64: np.float64, Type.I8: np.int8, Type.I16: np.int16, Type.I32: np.int32,
+          Type.I64: np.int64}
+# types of activations inside matmul, to which ggml_quantize_chunk aborts: q is to be multiplied by d
+_ACTIVATIONS = {
+    Type.Q8_1: np.dtype([("d", np.float16), ("s", np.float16), ("q", np.int8, 32)]),
+    Type.Q8_K: np.dtype([("d", np.float32), ("q", np.int8, 256), ("bsums", np.int16, 16)]),
+}
+_LARGEST = 1e10
+
+cdef enum:
+    CHUNK = 1 << 24  # elements that are converted by one call: ggml counts blocks in an int
+
 
 def quantize(array, type, imatrix=None):
     """Return the bytes (uint8, 1-D) of `array` converted to `type`, rows in C order.
 
-    array: convertible to F32, last axis = rows of ne0 elements.  imatrix: F32 [ne0], the importance of each column,
-    needed by a few types.  Releases the GIL.
-    Raises: ShapeError if ne0 is not a multiple of the type's block, DTypeError if ggml cannot convert to the type,
-    ParameterError if a number is not finite or, to be quantised, beyond 1e10.
-    Wraps: ggml_quantize_chunk.
+    array: real numbers, last axis = rows of ne0 elements.  imatrix: F32 [ne0], the importance of each column, or
+    [n, ne0] for as many equal parts of the rows, as experts are; IQ2_XXS, IQ2_XS and IQ1_S need one.  Releases the GIL.
+    Raises: ShapeError if ne0 is not a multiple of the type's block or the imatrix has another shape, DTypeError if
+    ggml cannot convert to the type or the array has no real numbers, ParameterError if a number is not finite or, to
+    be quantised, beyond 1e10, or is no number of an I type.
+    Wraps: ggml_quantize_chunk, ggml_quantize_requires_imatrix.
     """
-    cdef int t = Type(type)
-    source = np.ascontiguousarray(array, dtype=np.float32)
-    if source.ndim == 0 or source.size == 0:
-        raise ShapeError(f"quantize: an array of shape {source.shape} has no rows")
-    cdef int64_t n_per_row = source.shape[source.ndim - 1]
-    cdef int64_t n_rows = source.size // n_per_row
-    if n_per_row % c.ggml_blck_size(<c.ggml_type> t):
-        raise ShapeError(f"quantize: rows of {n_per_row} elements are not a multiple of {Type(t).name}'s block size")
-    if t == c.GGML_TYPE_F32:
-        return source.view(np.uint8).reshape(-1).copy()
-    if not (c.ggml_is_quantized(<c.ggml_type> t) or t in (c.GGML_TYPE_F16, c.GGML_TYPE_BF16)) or Type(t).name in _NEVER:
-        raise DTypeError(f"quantize: ggml does not convert to {Type(t).name}")
-    if c.ggml_is_quantized(<c.ggml_type> t):
+    type = Type(type)
+    source = np.asarray(array)
+    if source.dtype.kind not in "biuf":
+        raise DTypeError(f"quantize: an array of {source.dtype} has no real numbers")
+    check_row("quantize", source.shape[source.ndim - 1] if source.ndim else 1, type)
+    if type in _ACTIVATIONS:
+        raise DTypeError(f"quantize: ggml does not convert to {type.name}")
+    if type in _PLAIN:
+        return exact(source, type)
+    if type.is_quantized:
         check_range("the array", source, -_LARGEST)
-    cdef const float[::1] weights = None
-    cdef const float * importance = NULL
-    if imatrix is not None:
-        weights = np.ascontiguousarray(imatrix, dtype=np.float32)
-        if weights.shape[0] != n_per_row:
-            raise ShapeError(f"quantize: an imatrix of {weights.shape[0]} columns for rows of {n_per_row}")
-        check_range("the imatrix", np.asarray(weights), 0)
-        importance = &weights[0]
-    elif c.ggml_quantize_requires_imatrix(<c.ggml_type> t):
-        raise DTypeError(f"quantize: {Type(t).name} needs an imatrix")
-    cdef const float[::1] src = source.reshape(-1)
-    out = np.empty(n_rows * c.ggml_row_size(<c.ggml_type> t, n_per_row), dtype=np.uint8)
-    cdef unsigned char[::1] dst = out
-    with nogil:
-        c.ggml_quantize_chunk(<c.ggml_type> t, &src[0], &dst[0], 0, n_rows, n_per_row, importance)
+    source = np.ascontiguousarray(source, dtype=np.float32)
+    cdef int64_t ne0 = source.shape[source.ndim - 1] if source.ndim else 1
+    weights = read_imatrix(imatrix, type, ne0, source.size // ne0)
+    out = np.empty(source.size // ne0 * type.row_size(ne0), dtype=np.uint8)
+    if source.size:
+        convert(source.reshape(-1), out, type, ne0, weights)
     return out
+
+
+cdef int convert(const float[::1] source, unsigned char[::1] out, int type, int64_t ne0, weights) except -1:
+    """Fill `out`.  weights: None, or one row for each part of the rows."""
+    cdef int64_t n_rows = source.shape[0] // ne0, i = 0, n
+    cdef int64_t per_part = n_rows if weights is None else n_rows // len(weights)
+    cdef size_t row = c.ggml_row_size(<c.ggml_type> type, ne0)
+    cdef const float[:, ::1] each
+    cdef const float * importance = NULL
+    if weights is not None:
+        each = weights
+        importance = &each[0, 0]
+    with nogil:
+        while i < n_rows:
+            n = min(max(CHUNK // ne0, 1), per_part - i % per_part)
+            c.ggml_quantize_chunk(<c.ggml_type> type, &source[i * ne0], &out[<size_t> i * row], 0, n, ne0,
+                                  NULL if importance == NULL else importance + i // per_part * ne0)
+            i += n
+    return 0
+
+
+cdef read_imatrix(imatrix, type, int64_t ne0, int64_t n_rows):
+    """Return the imatrix as F32 [n, ne0], None if there is none."""
+    if imatrix is None:
+        if c.ggml_quantize_requires_imatrix(<c.ggml_type> <int> type):
+            raise DTypeError(f"quantize: {type.name} needs an imatrix")
+        return None
+    weights = np.asarray(imatrix)
+    if weights.dtype.kind not in "biuf":
+        raise DTypeError(f"quantize: an imatrix of {weights.dtype} has no real numbers")
+    if weights.ndim not in (1, 2) or weights.shape[weights.ndim - 1] != ne0:
+        raise ShapeError(f"quantize: an imatrix of shape {weights.shape} for rows of {ne0}")
+    if weights.ndim == 2 and (not len(weights) or n_rows % len(weights)):
+        raise ShapeError(f"quantize: an imatrix of {len(weights)} parts for {n_rows} rows")
+    check_range("the imatrix", weights, 0)
+    return np.ascontiguousarray(np.atleast_2d(weights), dtype=np.float32)
+
+
+cdef int check_row(str op, int64_t ne0, type) except -1:
+    """Check that rows of ne0 elements are rows of blocks."""
+    if ne0 < 1 or ne0 % type.blck_size:
+        raise ShapeError(f"{op}: rows of {ne0} elements are not a multiple of {type.name}'s block size")
+    return 0
 
 
 cdef int check_range(str what, array, float lowest) except -1:
     """Check that numbers are in a range in which ggml's searches for the best blocks neither overflow nor abort."""
-    if not (array.min() >= lowest and array.max() <= _LARGEST):
+    if array.size and not (float(array.min()) >= lowest and float(array.max()) <= _LARGEST):
         raise ParameterError(f"quantize: {what} has numbers that are not from {lowest:g} to {_LARGEST:g}")
     return 0
 
 
-_LARGEST = 1e10
-_NEVER = frozenset({"Q8_1", "Q8_K"})  # types of activations inside matmul; ggml_quantize_chunk aborts on them
+cdef exact(array, type):
+    """Return the bytes of a type of NumPy's: of F32 and F64 as NumPy rounds, of an I type only if nothing changes."""
+    with np.errstate(invalid="ignore"):
+        found = np.array(array, dtype=_PLAIN[type], order="C")
+    if type not in (Type.F32, Type.F64) and not np.array_equal(found, array):
+        raise ParameterError(f"quantize: the array has numbers that are none of {type.name}")
+    return found.reshape(-1).view(np.uint8)
 
 
 def dequantize(data, type, int64_t ne0):
-    """Return `data`, the bytes of rows of ne0 elements of `type`, as an F32 array [n_rows, ne0].
+    """Return `data`, the bytes of rows of ne0 elements of `type`, as an array [n_rows, ne0].
 
-    data: any contiguous buffer.  Releases the GIL.
-    Raises: ShapeError if the bytes are not whole rows, DTypeError if ggml cannot convert from the type.
+    It has F32 elements, but F64 and the I types have NumPy's of the same name.  data: any contiguous buffer.
+    Releases the GIL.
+    Raises: ShapeError if the bytes are not whole rows.
     Wraps: ggml_type_traits.to_float.
     """
-    cdef int t = Type(type)
+    type = Type(type)
     source = np.frombuffer(data, dtype=np.uint8)
-    if ne0 < 1 or ne0 % c.ggml_blck_size(<c.ggml_type> t):
-        raise ShapeError(f"dequantize: rows of {ne0} elements are not a multiple of {Type(t).name}'s block size")
-    cdef size_t row = c.ggml_row_size(<c.ggml_type> t, ne0)
-    if source.size == 0 or source.size % row:
+    check_row("dequantize", ne0, type)
+    cdef size_t row = type.row_size(ne0)
+    if source.size % row:
         raise ShapeError(f"dequantize: {source.size} bytes are not whole rows of {row} bytes")
-    cdef int64_t n_rows = source.size // row
-    if t == c.GGML_TYPE_F32:
-        return source.view(np.float32).reshape(n_rows, ne0).copy()
-    cdef const c.ggml_type_traits * traits = c.ggml_get_type_traits(<c.ggml_type> t)
-    if traits.to_float == NULL:
-        raise DTypeError(f"dequantize: ggml does not convert from {Type(t).name}")
+    n_rows = source.size // row
+    if type in _PLAIN:
+        return source.view(_PLAIN[type]).reshape(n_rows, ne0).copy()
+    if type in _ACTIVATIONS:
+        blocks = source.view(_ACTIVATIONS[type])
+        return (blocks["q"] * blocks["d"].astype(np.float32)[:, None]).reshape(n_rows, ne0)
     out = np.empty((n_rows, ne0), dtype=np.float32)
-    cdef const unsigned char[::1] src = source
-    cdef float[:, ::1] dst = out
-    with nogil:
-        traits.to_float(&src[0], &dst[0, 0], n_rows * ne0)
+    if out.size:
+        if source.ctypes.data % 4:  # blocks hold 16-bit and 32-bit numbers
+            source = source.copy()
+        expand(source, out, type)
     return out
+
+
+cdef int expand(const unsigned char[::1] source, float[:, ::1] out, int type) except -1:
+    """Fill `out` by ggml's conversion to F32."""
+    cdef const c.ggml_type_traits * traits = c.ggml_get_type_traits(<c.ggml_type> type)
+    cdef size_t row = c.ggml_row_size(<c.ggml_type> type, out.shape[1])
+    cdef int64_t i
+    if traits.to_float == NULL:
+        raise DTypeError(f"dequantize: ggml does not convert from {Type(type).name}")
+    with nogil:
+        for i in range(out.shape[0]):
+            traits.to_float(&source[<size_t> i * row], &out[i, 0], out.shape[1])
+    return 0
 
 
 def validate(data, type):

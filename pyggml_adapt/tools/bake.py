@@ -207,6 +207,8 @@ def _usable(name: str, tensor: Tensor, wanted: Type | None) -> Type:
     Raises: ParameterError if ggml does not convert to that type.
     """
     type = tensor.type if wanted is None or tensor.ne[0] % wanted.blck_size else wanted
+    if not type.is_quantized and type not in (Type.F32, Type.F16, Type.BF16):
+        raise ParameterError(f"tensor {name!r} cannot be {type.name}; ask for another type (--type)")
     try:
         quantize(np.zeros(type.blck_size, np.float32), type)
     except DTypeError as exc:

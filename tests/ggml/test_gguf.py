@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from raw_gguf import gguf, key, string, tensor
 
-from pyggml_adapt.errors import ClosedError, FileAccessError, FileFormatError, OverwriteError, ParameterError
+from pyggml_adapt.errors import (
+    ClosedError,
+    DTypeError,
+    FileAccessError,
+    FileFormatError,
+    OverwriteError,
+    ParameterError,
+)
+from pyggml_adapt.ggml import Context, Tensor
 from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf import GGUFReader, GGUFWriter, TensorInfo
@@ -389,3 +397,91 @@ def test_copies_without_the_kernels_help(tmp_path, monkeypatch, fault):
         file.copy(source.fileno(), 100, 20_000, "from")
         file.commit()
     assert (tmp_path / "to").read_bytes() == (tmp_path / "from").read_bytes()[100:20_100]
+
+
+def test_arrays_show_the_file(tmp_path):
+    data = small_file(tmp_path / "a.gguf")
+    reader = GGUFReader(tmp_path / "a.gguf")
+    arrays = {name: reader.array(name) for name in reader.tensors}
+    with pytest.raises(KeyError, match="absent"):
+        reader.array("absent")
+    reader.close()
+    with pytest.raises(ClosedError, match="the reader is closed"):
+        reader.array("t.F32")
+    dtypes = {"F32": "f", "F16": "e", "F64": "d", "I8": "b", "I16": "h", "I32": "i", "I64": "l"}
+    for name, array in arrays.items():
+        type = Type[name[2:]]
+        assert array.tobytes() == data[name]
+        assert array.dtype == np.dtype(dtypes.get(type.name, "B"))
+        last = 2 if type.name in dtypes else type.row_size(2 * type.blck_size)
+        assert array.shape == (2, 1, 3, last)
+        assert not array.flags.writeable
+
+
+def test_an_array_begins_anywhere(tmp_path):
+    writer = GGUFWriter(alignment=1)
+    writer.add_tensor("a", Type.I8, (3,))
+    writer.add_tensor("b", Type.F32, (2, 1))
+    values = np.array([[1.5, -2]], "f")
+    writer.write(tmp_path / "a.gguf", {"a": b"abc", "b": values})
+    with GGUFReader(tmp_path / "a.gguf") as reader:
+        np.testing.assert_array_equal(reader.array("b"), values[0])  # trailing dimensions of 1 are not in a file
+
+
+def test_a_file_is_copied_with_other_metadata(tmp_path):
+    data = small_file(tmp_path / "a.gguf")
+    with GGUFReader(tmp_path / "a.gguf") as reader:
+        writer = GGUFWriter.copy_of(reader)
+        assert writer.keys == list(reader.metadata)
+        assert writer.header() == (tmp_path / "a.gguf").read_bytes()[: reader.data_offset]
+        writer.set("one.str", "other", "str")
+        writer.set("general.name", "new", "str")
+        writer.remove("many.f32")
+        with pytest.raises(KeyError, match="absent"):
+            writer.remove("absent")
+        writer.write(tmp_path / "b.gguf", reader.array)
+    with GGUFReader(tmp_path / "a.gguf") as before, GGUFReader(tmp_path / "b.gguf") as after:
+        changed = {"one.str", "general.name", "many.f32"}
+        assert after.metadata["one.str"] == "other"
+        assert after.metadata["general.name"] == "new"
+        assert [key for key in before.metadata if key not in changed] == [k for k in after.metadata if k not in changed]
+        for key in set(after.metadata) - changed:
+            np.testing.assert_array_equal(after.metadata[key], before.metadata[key])
+        assert {name: after.array(name).tobytes() for name in after.tensors} == data
+
+
+def test_the_alignment_stays(tmp_path):
+    writer = GGUFWriter(alignment=64)
+    with pytest.raises(ParameterError, match=r"general\.alignment must be 64"):
+        writer.remove("general.alignment")
+    writer.add_tensor("a", Type.I8, (3,))
+    writer.write(tmp_path / "a.gguf", {"a": b"abc"})
+    with GGUFReader(tmp_path / "a.gguf") as reader:
+        assert GGUFWriter.copy_of(reader).alignment == 64
+    writer = GGUFWriter()
+    writer.set("general.alignment", 32, "u32")
+    writer.remove("general.alignment")
+    assert writer.keys == []
+
+
+@pytest.mark.parametrize("kind", "fedbhilBHILQ?")
+def test_arrays_of_any_layout_are_written(tmp_path, kind):
+    values = np.arange(12).reshape(3, 4).astype(kind)
+    for i, array in enumerate((values, np.asfortranarray(values), values.repeat(2, axis=1)[:, ::2])):
+        writer = GGUFWriter()
+        writer.add_tensor("a", Type.I8, (values.nbytes,))
+        writer.write(tmp_path / f"{i}.gguf", {"a": array})
+        with GGUFReader(tmp_path / f"{i}.gguf") as reader:
+            assert reader.array("a").tobytes() == values.tobytes()
+
+
+def test_tensors_of_a_file_are_used_in_place(tmp_path):
+    writer = GGUFWriter()
+    writer.add_tensor("a", Type.F32, (3, 2))
+    writer.write(tmp_path / "a.gguf", {"a": np.arange(6, dtype="f")})
+    with GGUFReader(tmp_path / "a.gguf") as reader:
+        ctx = Context(Context.size_for(1))
+        tensor = Tensor.from_numpy(ctx, reader.array("a"), "a")
+    np.testing.assert_array_equal(tensor.to_numpy(), [[0, 1, 2], [3, 4, 5]])
+    with pytest.raises(DTypeError, match="read-only"):
+        tensor.set_data(bytes(24))

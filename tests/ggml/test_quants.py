@@ -8,9 +8,18 @@ from pyggml_adapt.ggml import Type, dequantize, quantize
 from pyggml_adapt.ggml.quants import validate
 
 X = np.random.default_rng(3).standard_normal((2, 512), dtype=np.float32)
-NEED_IMATRIX = {Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS}
-# normalised mean squared error on normal numbers: about 1.5 times the worst type's
-BOUNDS = {"F32": 0, "F16": 1e-7, "BF16": 4e-6, 8: 4e-5, 6: 5e-4, 5: 3e-3, 4: 2e-2, 3: 5e-2, 2: 0.8, 1: 0.8}
+NEED_IMATRIX = {Type.IQ1_S, Type.IQ2_XXS, Type.IQ2_XS}
+# Published bounds of sqrt(sum of squared errors) / n on the array below, n = 4096: llama.cpp's
+# tests/test-quantize-fns.cpp.  It has none for the types that need an imatrix and for IQ1_M: theirs are twice what
+# 2 bits have.
+BOUNDS = {
+    Type.Q1_0: 0.025, Type.TQ1_0: 0.01, Type.TQ2_0: 0.01, Type.Q2_0: 0.01, Type.Q2_K: 0.0075, Type.IQ2_S: 0.0075,
+    Type.Q3_K: 0.004, Type.IQ3_S: 0.004, Type.IQ3_XXS: 0.005, Type.NVFP4: 0.003,
+    Type.IQ1_S: 0.015, Type.IQ1_M: 0.015, Type.IQ2_XXS: 0.015, Type.IQ2_XS: 0.015,
+    Type.F32: 1e-9, Type.F16: 1e-5, Type.BF16: 1e-4,  # half a unit in the last place of numbers up to 2.1
+}  # fmt: skip
+OTHERS = 0.002
+WAVE = 0.1 + 2 * np.cos(np.arange(4096, dtype=np.float32)).reshape(8, 512)
 SLOW = {Type.IQ1_S, Type.IQ1_M, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS}  # ggml makes tables of them, for seconds
 QUANTISED = [type for type in Type if type.is_quantized and type not in (Type.Q8_1, Type.Q8_K)]
 
@@ -24,13 +33,66 @@ QUANTISED = [type for type in Type if type.is_quantized and type not in (Type.Q8
 )
 def test_round_trip(type):
     imatrix = np.ones(512, "f") if type in NEED_IMATRIX else None
-    data = quantize(X, type, imatrix)
-    assert (data.dtype, data.shape) == (np.uint8, (2 * type.row_size(512),))
+    data = quantize(WAVE, type, imatrix)
+    assert (data.dtype, data.shape) == (np.uint8, (8 * type.row_size(512),))
     back = dequantize(data, type, 512)
-    assert (back.dtype, back.shape) == (np.float32, (2, 512))
-    bits = next(int(char) for char in type.name if char.isdigit())  # Q4_K has 4
-    assert ((back - X) ** 2).mean() / (X**2).mean() <= BOUNDS[bits if type.is_quantized else type.name]
-    np.testing.assert_array_equal(quantize(X[1:], type, imatrix), data[type.row_size(512) :])
+    assert (back.dtype, back.shape) == (np.float32, (8, 512))
+    assert np.sqrt(((back - WAVE).astype("d") ** 2).sum()) / WAVE.size < BOUNDS.get(type, OTHERS)
+    np.testing.assert_array_equal(quantize(WAVE[1:], type, imatrix), data[type.row_size(512) :])
+
+
+PLAIN = {Type.F32: "f", Type.F64: "d", Type.I8: "b", Type.I16: "h", Type.I32: "i", Type.I64: "q"}
+
+
+@pytest.mark.parametrize("type", PLAIN, ids=lambda type: type.name)
+def test_numpys_own_types(type):
+    values = np.array([[0, 1, -128], [127, 5, 6]], PLAIN[type])
+    data = quantize(values, type)
+    assert data.tobytes() == values.tobytes()
+    back = dequantize(data, type, 3)
+    assert back.dtype == values.dtype
+    np.testing.assert_array_equal(back, values)
+    np.testing.assert_array_equal(quantize(values.astype("d")[::-1], type).view(values.dtype), values[::-1].ravel())
+
+
+@pytest.mark.parametrize(
+    "values, type",
+    [([0.5], Type.I32), ([128], Type.I8), ([np.nan], Type.I64), ([2.0**63], Type.I64), ([-1e300], Type.I16)],
+)
+def test_numbers_of_integer_types_are_not_rounded(values, type):
+    with pytest.raises(ParameterError, match=f"quantize: the array has numbers that are none of {type.name}"):
+        quantize(values, type)
+
+
+def test_activations_are_read():
+    q = np.arange(-16, 16, dtype=np.int8)
+    np.testing.assert_array_equal(dequantize(np.float16([0.5, 9]).tobytes() + q.tobytes(), Type.Q8_1, 32), [q * 0.5])
+    q = np.arange(-128, 128, dtype=np.int8)
+    block = np.float32(0.25).tobytes() + q.tobytes() + bytes(32)
+    np.testing.assert_array_equal(dequantize(block * 2, Type.Q8_K, 256), [q * 0.25] * 2)
+
+
+def test_nothing_is_converted_to_nothing():
+    for type in (Type.F32, Type.F16, Type.Q4_K, Type.I8):
+        data = quantize(np.empty((0, 256)), type)
+        assert (data.dtype, data.shape) == (np.uint8, (0,))
+        assert dequantize(data, type, 256).shape == (0, 256)
+
+
+def test_any_strides_and_addresses():
+    expected = quantize(WAVE, Type.Q4_K)
+    np.testing.assert_array_equal(quantize(np.asfortranarray(WAVE), Type.Q4_K), expected)
+    np.testing.assert_array_equal(quantize(WAVE.astype("d").repeat(2, axis=1)[:, ::2], Type.Q4_K), expected)
+    for offset in range(1, 4):
+        at = np.frombuffer(bytes(offset) + expected.tobytes(), np.uint8)[offset:]
+        np.testing.assert_array_equal(dequantize(at, Type.Q4_K, 512), dequantize(expected, Type.Q4_K, 512))
+
+
+def test_long_arrays_are_converted_in_pieces():
+    values = np.random.default_rng(2).standard_normal((2**16 + 3, 256), dtype=np.float32)  # 2 calls of at most 2**24
+    data = quantize(values, Type.Q8_0)
+    np.testing.assert_array_equal(data[-3 * 272 :], quantize(values[-3:], Type.Q8_0))
+    np.testing.assert_array_equal(data[272 * 2**16 - 272 :][: 272 * 2], quantize(values[2**16 - 1 :][:2], Type.Q8_0))
 
 
 def test_halves_are_numpys():
@@ -79,13 +141,37 @@ def test_an_imatrix_is_used():
     assert not np.array_equal(plain, weighted)
 
 
+def test_parts_of_the_rows_have_an_imatrix_each():
+    weights = np.random.default_rng(0).random((2, 512)) ** 4
+    data = quantize(WAVE.reshape(2, 4, 512), Type.Q4_K, weights)
+    parts = [quantize(WAVE[at], Type.Q4_K, each) for at, each in zip((slice(4), slice(4, 8)), weights, strict=True)]
+    np.testing.assert_array_equal(data, np.concatenate(parts))
+
+
+def test_threads_make_tables_at_once(python):
+    """ggml makes the tables of a type when it is first asked for; here by four threads in a fresh process."""
+    python("""
+        from concurrent.futures import ThreadPoolExecutor
+        x = np.cos(np.arange(512, dtype="f"))
+        types = [Type.IQ3_XXS, Type.IQ3_S, Type.IQ2_XXS, Type.Q4_K] * 3
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda type: quantize(x, type, np.ones(512)).tobytes(), types))
+        assert found[:4] * 3 == found
+    """)
+
+
 @pytest.mark.parametrize(
     "args, error, message",
     [
-        ((np.empty((0, 32)), Type.Q8_0), ShapeError, "quantize: an array of shape (0, 32) has no rows"),
+        (
+            (np.empty((32, 0)), Type.Q8_0),
+            ShapeError,
+            "quantize: rows of 0 elements are not a multiple of Q8_0's block size",
+        ),
+        ((["a"], Type.F16), DTypeError, "quantize: an array of <U1 has no real numbers"),
+        ((X + 1j, Type.F16), DTypeError, "quantize: an array of complex64 has no real numbers"),
         ((1.0, Type.Q8_0), ShapeError, "quantize: rows of 1 elements are not a multiple of Q8_0's block size"),
         ((X[:, :33], Type.Q8_0), ShapeError, "quantize: rows of 33 elements are not a multiple of Q8_0's block size"),
-        ((X, Type.I32), DTypeError, "quantize: ggml does not convert to I32"),
         ((X, Type.Q8_1), DTypeError, "quantize: ggml does not convert to Q8_1"),
         ((X, Type.Q8_K), DTypeError, "quantize: ggml does not convert to Q8_K"),
         ((X, Type.IQ2_XXS), DTypeError, "quantize: IQ2_XXS needs an imatrix"),
@@ -104,7 +190,12 @@ def test_an_imatrix_is_used():
             ParameterError,
             "quantize: the imatrix has numbers that are not from 0 to 1e+10",
         ),
-        ((X, Type.Q4_K, np.ones(511)), ShapeError, "quantize: an imatrix of 511 columns for rows of 512"),
+        ((X, Type.Q4_K, np.ones(511)), ShapeError, "quantize: an imatrix of shape (511,) for rows of 512"),
+        ((X, Type.Q4_K, 1.0), ShapeError, "quantize: an imatrix of shape () for rows of 512"),
+        ((X, Type.Q4_K, np.ones((1, 1, 512))), ShapeError, "quantize: an imatrix of shape (1, 1, 512) for rows of 512"),
+        ((X, Type.Q4_K, np.ones((3, 512))), ShapeError, "quantize: an imatrix of 3 parts for 2 rows"),
+        ((X, Type.Q4_K, np.ones((0, 512))), ShapeError, "quantize: an imatrix of 0 parts for 2 rows"),
+        ((X, Type.Q4_K, ["a"] * 512), DTypeError, "quantize: an imatrix of <U1 has no real numbers"),
     ],
 )
 def test_quantize_preconditions(args, error, message):
@@ -116,7 +207,6 @@ def test_quantize_preconditions(args, error, message):
 @pytest.mark.parametrize(
     "args, error, message",
     [
-        ((b"", Type.F32, 4), ShapeError, "dequantize: 0 bytes are not whole rows of 16 bytes"),
         ((bytes(17), Type.F32, 4), ShapeError, "dequantize: 17 bytes are not whole rows of 16 bytes"),
         (
             (bytes(34), Type.Q8_0, 31),
@@ -128,8 +218,6 @@ def test_quantize_preconditions(args, error, message):
             ShapeError,
             "dequantize: rows of 0 elements are not a multiple of Q8_0's block size",
         ),
-        ((bytes(36), Type.Q8_1, 32), DTypeError, "dequantize: ggml does not convert from Q8_1"),
-        ((bytes(4), Type.I32, 1), DTypeError, "dequantize: ggml does not convert from I32"),
     ],
 )
 def test_dequantize_preconditions(args, error, message):
