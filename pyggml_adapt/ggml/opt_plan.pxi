@@ -1,0 +1,120 @@
+# What opt.pyx checks before ggml builds the graphs of a training step: the same graph is built here first, by ops that
+# raise where ggml aborts, and counted.
+
+cdef enum:
+    STATIC_SIZE = 2048  # GGML_DEFAULT_GRAPH_SIZE: what ggml takes for static graphs
+    SPARE = 64  # tensors, beyond those that are counted here
+    MAX_NODES = 1 << 15
+
+
+cdef class Plan:
+    """A training step, built but never computed."""
+
+    cdef CGraph graph
+    cdef list indices, leaves
+    cdef int n_nodes, n_leaves, n_params, n_tensors
+
+
+cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
+    """Return the plan of one training step.  accumulate: whether gradients are added up over several."""
+    cdef Plan plan = Plan.__new__(Plan)
+    cdef c.ggml_tensor * t
+    cdef size_t overhead
+    cdef int n_forward, n_leaves
+    seen = set()
+    n_forward = count([<size_t> outputs.ptr()], seen)
+    n_forward = len(seen)
+    cdef int size = 9 * n_forward + 2 * SPARE
+    if size > MAX_NODES:
+        raise AllocError(f"OptContext: a graph of {n_forward} nodes and leaves is too large to train")
+    overhead = c.ggml_graph_overhead_custom(size, True)
+    ctx = Context(size * c.ggml_tensor_overhead() + overhead)
+    plan.graph = CGraph(ctx, size, grads=True)
+    for address in seen:
+        t = <c.ggml_tensor *> <size_t> address
+        if t.flags & c.GGML_TENSOR_FLAG_LOSS:
+            raise ShapeError(f"OptContext: {outputs.ctx.home(t).wrap(t)!r} is marked as a loss; training has its own")
+    for each in loss_of(ctx, outputs, loss_type):
+        plan.graph.expand(each)
+    plan.leaves = leaves_of(plan.graph)
+    plan.n_params = sum([1 for address in nodes_of(plan.graph) if is_param(address)])
+    plan.graph.build_backward()
+    plan.indices = find_indices(plan.graph)
+    if find_callbacks(plan.graph._ptr):
+        raise BackendError("OptContext: a graph with custom ops cannot be trained")
+    seen = set()
+    n_leaves = count(nodes_of(plan.graph), seen)
+    # the step of each parameter, the sum of its gradients, its two moments; and the optimiser's parameters
+    plan.n_nodes = plan.graph.n_nodes + (1 + accumulate) * plan.n_params
+    plan.n_leaves = n_leaves + 3 * plan.n_params + 1
+    plan.n_tensors = (c.ggml_used_mem(ctx._ptr) - overhead) // c.ggml_tensor_overhead() + 2 * plan.n_params + SPARE
+    return plan
+
+
+cdef bint is_param(size_t address) noexcept:
+    return ((<c.ggml_tensor *> address).flags & c.GGML_TENSOR_FLAG_PARAM) != 0
+
+
+cdef list signature_of(addresses):
+    """Return what must be the same of the nodes in each of the dynamic graphs: ggml knows parameters by position."""
+    return [(is_param(address), (<c.ggml_tensor *> <size_t> address).ne) for address in addresses]
+
+
+cdef list leaves_of(CGraph graph):
+    """Return (address, whether it is a parameter) of each leaf that the graph's nodes are computed from."""
+    seen = set()
+    count(nodes_of(graph), seen)
+    return [(address, is_param(address)) for address in seen if (<c.ggml_tensor *> <size_t> address).op
+            == c.GGML_OP_NONE]
+
+
+def loss_of(Context ctx, Tensor outputs, loss_type):
+    """Return the tensors that ggml_opt computes from the outputs: the loss, and what is counted."""
+    if outputs.ptr().type != c.GGML_TYPE_F32:
+        raise DTypeError(f"OptContext: outputs must be F32, not {outputs.type.name}")
+    labels = ctx.new_tensor(outputs.type, outputs.ne).set_input()
+    if loss_type == OptLossType.CROSS_ENTROPY:
+        loss = _ops.scale(ctx, _ops.cross_entropy_loss(ctx, outputs, labels), 0.5)
+        pred = _ops.argmax(ctx, outputs)
+        return loss.set_loss(), pred, _ops.count_equal(ctx, pred, _ops.argmax(ctx, labels))
+    if loss_type == OptLossType.MEAN_SQUARED_ERROR:
+        loss = _ops.sum(ctx, _ops.sqr(ctx, _ops.sub(ctx, outputs, labels)))
+    else:
+        loss = _ops.sum(ctx, outputs)
+    return (_ops.scale(ctx, loss, 0.5).set_loss(),)
+
+
+cdef int check_plan(Plan plan, Sched sched, int size) except -1:
+    """Check that the step fits graphs of `size` nodes and the scheduler, and that a backend has each op."""
+    cdef c.ggml_tensor * t
+    cdef Backend backend
+    cdef int n = plan.n_nodes + plan.n_leaves
+    if n > size:
+        raise AllocError(f"OptContext: a training step of {n} nodes and leaves, for graphs of {size}")
+    if n > sched.graph_size:
+        raise AllocError(f"OptContext: a training step of {n} nodes and leaves, for a scheduler of {sched.graph_size}")
+    for address in nodes_of(plan.graph):
+        t = <c.ggml_tensor *> <size_t> address
+        for backend in sched.backends:
+            if c.ggml_backend_supports_op(backend.ptr(), t):
+                break
+        else:
+            raise BackendError(f"no backend of the scheduler can compute {plan.graph._wrap(t)!r}")
+    return 0
+
+
+cdef int check_leaves(Plan plan, list owners, Context fresh) except -1:
+    """Check that parameters can be written, and that all leaves but those that are allocated in `fresh` have data."""
+    cdef c.ggml_tensor * t
+    cdef c.ggml_tensor * root
+    for address, param in plan.leaves:
+        t = <c.ggml_tensor *> <size_t> address
+        root = t if t.view_src == NULL else t.view_src
+        if plan.graph.ctx.holds(t) or fresh is not None and fresh.holds(t) and not param:
+            continue
+        if t.data == NULL or root.buffer == NULL:
+            raise ClosedError(f"tensor {plan.graph._wrap(t).name!r} has no data: it is not allocated")
+        for owner in owners:
+            if param and (<Owner> owner).owns_readonly(root.buffer):
+                raise DTypeError(f"parameter {plan.graph._wrap(t).name!r} is in a read-only mapping")
+    return check_writable(plan.graph, owners)

@@ -1,0 +1,528 @@
+"""Training with ggml_opt: each kind of step against NumPy, and wrong calls that ggml would abort on."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+from pyggml_adapt.errors import (
+    AllocError,
+    BackendError,
+    ClosedError,
+    ComputeAborted,
+    DTypeError,
+    IndexRangeError,
+    ParameterError,
+    ShapeError,
+)
+from pyggml_adapt.ggml import CGraph, Context, Sched, Tensor, Type, ops
+from pyggml_adapt.ggml.opt import SGD, AdamW, OptContext, OptDataset, OptLossType, OptResult, fit, progress
+
+MSE, CE = OptLossType.MEAN_SQUARED_ERROR, OptLossType.CROSS_ENTROPY
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((24, 5), dtype=np.float32)
+Y = RNG.standard_normal((24, 3), dtype=np.float32)
+ONE_HOT = np.eye(3, dtype=np.float32)[RNG.integers(0, 3, 24)]
+W = RNG.standard_normal((3, 5), dtype=np.float32)
+
+
+class Linear:
+    """outputs = w @ inputs, batches of 4."""
+
+    def __init__(self, backend, n_batch=4):
+        self.sched = Sched([backend])
+        self.weights, self.ctx = Context(Context.size_for(8)), Context(Context.size_for(8))
+        self.array = W.copy()
+        self.w = Tensor.from_numpy(self.weights, self.array, "w").set_param()
+        self.inputs = Tensor.from_numpy(self.weights, np.zeros((n_batch, 5), "f"), "inputs")
+        self.outputs = self.w @ self.inputs
+
+    def opt(self, **options):
+        return OptContext(self.sched, self.inputs, self.outputs, **{"loss_type": MSE, **options})
+
+
+@pytest.fixture
+def linear(backend):
+    return Linear(backend)
+
+
+def mse_grad(w, x, y):
+    return 2 * (x @ w.T - y).T @ x / y.size
+
+
+def ce_grad(w, x, y):
+    p = np.exp(x @ w.T)
+    return (p / p.sum(axis=1, keepdims=True) - y).T @ x / len(x)
+
+
+LOSSES = [(MSE, Y, mse_grad), (CE, ONE_HOT, ce_grad)]
+
+
+@pytest.mark.parametrize("loss_type, labels, grad", LOSSES, ids=["mse", "cross_entropy"])
+@pytest.mark.parametrize("opt_period", [1, 2, 3])
+def test_sgd_is_numpys(linear, loss_type, labels, grad, opt_period):
+    """Gradients of opt_period batches are added up, twice in a row, with a validation between."""
+    opt = linear.opt(loss_type=loss_type, optimizer=SGD(alpha=0.1, wd=0.01), opt_period=opt_period)
+    dataset = OptDataset(X, labels)
+    expected = W.astype("d")
+    split = 16 if opt_period == 2 else 12
+    for _ in range(2):
+        opt.epoch(dataset, idata_split=split)
+        for i in range(0, split, 4 * opt_period):
+            batch = slice(i, i + 4 * opt_period)
+            expected = expected * (1 - 0.1 * 0.01) - 0.1 * grad(expected, X[batch], labels[batch])
+    # F32 sums of 24 products, a few roundings of 2**-24 each
+    np.testing.assert_allclose(linear.array, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_is_numpys(linear):
+    rates = {1: 0.1, 2: 0.05}
+    opt = linear.opt(optimizer=lambda epoch: AdamW(alpha=rates[epoch], wd=0.02))
+    dataset = OptDataset(X, Y)
+    w, m, v, n = W.astype("d"), 0.0, 0.0, 0
+    for epoch in (1, 2):
+        opt.epoch(dataset)
+        assert opt.n_epochs == epoch
+        for i in range(0, 24, 4):
+            n += 1
+            g = mse_grad(w, X[i : i + 4], Y[i : i + 4])
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            step = m / (1 - 0.9**n) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
+            w = w * (1 - rates[epoch] * 0.02) - rates[epoch] * step
+    np.testing.assert_allclose(linear.array, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", [OptLossType.MEAN, OptLossType.SUM])
+def test_losses_without_labels(linear, loss_type):
+    with linear.opt(loss_type=loss_type, optimizer=SGD(alpha=0.5)) as opt:
+        assert opt.labels is None
+        result = OptResult()
+        opt.epoch(OptDataset(X), result_eval=result, idata_split=0)
+        total = (X @ W.T).sum()
+        assert result.loss[0] == pytest.approx(total if loss_type == OptLossType.SUM else total / 72, rel=1e-5)
+        opt.epoch(OptDataset(X[:4]))
+    scale = 1 if loss_type == OptLossType.SUM else 1 / 12
+    np.testing.assert_allclose(linear.array, W - 0.5 * scale * X[:4].sum(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_results(linear):
+    with linear.opt(loss_type=CE) as opt:
+        result = OptResult()
+        assert (result.ndata, result.loss[0], len(result.pred)) == (0, 0.0, 0)
+        assert np.isnan(result.accuracy).all()
+        opt.epoch(OptDataset(X, ONE_HOT), result_eval=result, idata_split=0)
+        logits = (X @ W.T).astype("d")
+        losses = np.log(np.exp(logits).sum(axis=1)) - (logits * ONE_HOT).sum(axis=1)
+        right = (logits.argmax(axis=1) == ONE_HOT.argmax(axis=1)).mean()
+        batches = losses.reshape(6, 4).mean(axis=1)
+        assert result.ndata == 24
+        assert result.loss == pytest.approx((losses.mean(), batches.std() / np.sqrt(5)), rel=1e-4)
+        assert result.accuracy == pytest.approx((right, np.sqrt(right * (1 - right) / 23)))
+        np.testing.assert_array_equal(result.pred, logits.argmax(axis=1))
+        assert repr(result) == f"<OptResult of 24 datapoints, loss {result.loss[0]:g}>"
+        result.reset()
+        assert (result.ndata, len(result.pred)) == (0, 0)
+
+
+def test_steps_by_hand(linear):
+    with linear.opt(optimizer=SGD(alpha=0.1), opt_period=2) as opt:
+        for batch in (slice(0, 4), slice(4, 8)):
+            opt.alloc(backward=True)
+            linear.inputs.set_data(X[batch])
+            opt.labels.set_data(Y[batch])
+            result = OptResult()
+            opt.eval(result)
+            loss = ((X[batch] @ W.T - Y[batch]) ** 2).mean()
+            assert result.loss[0] == pytest.approx(loss, rel=1e-5)
+            assert opt.loss.to_numpy()[0] == pytest.approx(loss / 2, rel=1e-5)
+        np.testing.assert_allclose(opt.grad_acc(linear.w).to_numpy(), mse_grad(W, X[:8], Y[:8]), rtol=1e-4, atol=1e-6)
+        assert opt.grad_acc(linear.inputs) is None
+        assert opt.pred is None
+        assert opt.ncorrect is None
+        opt.reset()
+        assert not opt.grad_acc(linear.w).to_numpy().any()
+        opt.reset(optimizer=True)
+
+
+def dynamic_step(opt, linear, batch):
+    with Context(OptContext.size_for(8, 256)) as ctx:
+        graph = CGraph(ctx, 256)
+        inputs = ctx.new_tensor(Type.F32, (5, 4)).set_input()
+        outputs = graph.expand(ops.mul_mat(ctx, linear.w, inputs))
+        opt.prepare_alloc(graph, inputs, outputs)
+        opt.alloc(backward=batch is not None)
+        inputs.set_data(X[batch or slice(4)])
+        opt.labels.set_data(Y[batch or slice(4)])
+        result = OptResult()
+        opt.eval(result)
+        return result.loss[0]
+
+
+@pytest.mark.parametrize("opt_period", [1, 2])
+def test_dynamic_graphs(linear, opt_period):
+    opt = OptContext(linear.sched, loss_type=MSE, optimizer=SGD(alpha=0.1), opt_period=opt_period)
+    assert not opt.static_graphs
+    expected = W.astype("d")
+    for i in range(0, 16, 4 * opt_period):
+        for k in range(opt_period):
+            batch = slice(i + 4 * k, i + 4 * k + 4)
+            loss = dynamic_step(opt, linear, batch)
+            assert loss == pytest.approx(((X[batch] @ expected.T - Y[batch]) ** 2).mean(), rel=1e-4)
+        whole = slice(i, i + 4 * opt_period)
+        expected = expected - 0.1 * mse_grad(expected, X[whole], Y[whole])
+        for _ in range(opt_period):
+            dynamic_step(opt, linear, None)
+    np.testing.assert_allclose(linear.array, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dynamic_graphs_are_alike(linear):
+    opt = OptContext(linear.sched, loss_type=MSE)
+    with pytest.raises(BackendError, match=r"alloc: there is no graph; see prepare_alloc"):
+        opt.alloc(backward=True)
+    with pytest.raises(BackendError, match="only static graphs can be trained by epochs"):
+        opt.epoch(OptDataset(X, Y))
+    with pytest.raises(BackendError, match="only static graphs can be reset"):
+        opt.reset()
+    dynamic_step(opt, linear, slice(4))
+    ctx = Context(OptContext.size_for(8, 256))
+    graph, small = CGraph(ctx, 256), CGraph(ctx, 8)
+    inputs = ctx.new_tensor(Type.F32, (5, 4)).set_input()
+    outputs = graph.expand(ops.scale(ctx, ops.mul_mat(ctx, linear.w, inputs), 2.0))
+    with pytest.raises(ShapeError, match="other nodes than that of the first step"):
+        opt.prepare_alloc(graph, inputs, outputs)
+    with pytest.raises(AllocError, match=r"a training step of \d+ nodes and leaves, for graphs of"):
+        opt.prepare_alloc(small, inputs, small.expand(ops.mul_mat(ctx, linear.w, inputs)))
+    with pytest.raises(ShapeError, match="are not the graph's nodes"):
+        opt.prepare_alloc(graph, inputs, ops.mul_mat(ctx, linear.w, inputs))
+    cramped = Context(Context.size_for(8, 256))
+    graph = CGraph(cramped, 256)
+    inputs = cramped.new_tensor(Type.F32, (5, 4)).set_input()
+    with pytest.raises(AllocError, match="has no room for a training step"):
+        opt.prepare_alloc(graph, inputs, graph.expand(ops.mul_mat(cramped, linear.w, inputs)))
+
+
+def test_a_prepared_graph_stays(linear):
+    opt = OptContext(linear.sched, loss_type=MSE)
+    with Context(OptContext.size_for(8, 256)) as ctx:
+        graph = CGraph(ctx, 256)
+        inputs = ctx.new_tensor(Type.F32, (5, 4)).set_input()
+        outputs = graph.expand(ops.mul_mat(ctx, linear.w, inputs))
+        opt.prepare_alloc(graph, inputs, outputs)
+        assert opt.loss is None
+        with pytest.raises(BackendError, match="no graph of a step"):
+            opt.grad_acc(linear.w)
+        graph.expand(ops.sqr(ctx, outputs))
+        with pytest.raises(BackendError, match="the graph or its Context has grown since prepare_alloc"):
+            opt.alloc(backward=True)
+        with pytest.raises(ShapeError, match="and what they need are not the graph's nodes"):
+            opt.prepare_alloc(graph, inputs, outputs)
+        graph.clear()
+        graph.expand(outputs)
+        opt.prepare_alloc(graph, inputs, outputs)
+        opt.alloc(backward=True)
+        assert not opt.grad_acc(linear.w).to_numpy().any()
+        loss = opt.loss
+    with pytest.raises(ClosedError):
+        opt.eval()
+    with pytest.raises(ClosedError):
+        loss.to_numpy()
+
+
+def test_other_losses_are_refused(backend):
+    ctx = Context(Context.size_for(8))
+    w = Tensor.from_numpy(ctx, np.ones((1, 5), "f")).set_param()
+    inputs = Tensor.from_numpy(ctx, X[:1].copy())
+    outputs = (w @ inputs).set_loss()
+    with pytest.raises(ShapeError, match="is marked as a loss; training has its own"):
+        OptContext(Sched([backend]), inputs, outputs, loss_type=MSE)
+
+
+def test_callbacks(linear, capsys):
+    calls = []
+    with linear.opt() as opt:
+        dataset = OptDataset(X, Y)
+        opt.epoch(dataset, idata_split=8, callback_train=lambda *args: calls.append(args), callback_eval=progress)
+        assert [(train, i, n) for train, _, _, _, i, n, _ in calls] == [(True, 1, 2), (True, 2, 2)]
+        assert all(each[1] is opt and each[2] is dataset and each[6] >= 0 for each in calls)
+        assert "validation 4/4: loss " in capsys.readouterr().err
+
+        def fail(*args):
+            raise KeyError("stop")
+
+        with pytest.raises(KeyError, match="stop"):
+            opt.epoch(dataset, callback_train=fail)
+        opt.epoch(dataset)  # goes on
+
+        def close(*args):
+            opt.close()
+
+        with pytest.raises(ClosedError, match="OptContext is closed"):
+            opt.epoch(dataset, callback_train=close)
+        assert opt.closed
+
+
+def test_fit(backend):
+    linear = Linear(backend)
+    target = OptDataset(X, X @ np.float32([[1, 2, 3, 4, 5]] * 3).T)
+    train, val = fit(linear.sched, linear.inputs, linear.outputs, target, loss_type=MSE,
+                     optimizer=lambda epoch: AdamW(alpha=0.5 * 0.97**epoch), nepoch=150, nbatch_logical=8,
+                     val_split=0.34)  # fmt: skip
+    assert (train.ndata, val.ndata) == (8, 16)
+    linear = Linear(backend)
+    train, val = fit(linear.sched, linear.inputs, linear.outputs, target, loss_type=MSE,
+                     optimizer=lambda epoch: AdamW(alpha=0.5 * 0.97**epoch), nepoch=150)  # fmt: skip
+    assert (train.ndata, val.ndata) == (24, 0)
+    np.testing.assert_allclose(linear.array, [[1, 2, 3, 4, 5]] * 3, atol=0.05)
+    linear.sched.reset()  # it was let go
+
+
+def test_shuffle_keeps_shards(linear):
+    opt = linear.opt()
+    ids = np.arange(24, dtype="f")
+    dataset = OptDataset(ids, -ids, ndata_shard=2)
+    assert (dataset.ndata, dataset.ndata_shard, dataset.ne_datapoint, dataset.ne_label) == (24, 2, 1, 1)
+    assert repr(dataset) == "<OptDataset of 24 datapoints of 1 elements, 1 labels each>"
+
+    def order():
+        data, labels = dataset.get_batch(0, 24)
+        np.testing.assert_array_equal(labels, -data)
+        return data[:, 0].tolist()
+
+    assert order() == ids.tolist()
+    dataset.shuffle(opt, 8)
+    assert order()[8:] == ids.tolist()[8:]
+    dataset.shuffle(opt)
+    found = order()
+    assert found != ids.tolist()
+    assert sorted(found) == ids.tolist()
+    assert all(b == a + 1 for a, b in zip(found[::2], found[1::2], strict=True))
+    assert dataset.get_batch(2, 4)[0].shape == (4, 1)
+    for idata in (25, 3):
+        with pytest.raises(ShapeError, match=f"shuffle: {idata} of 24 datapoints in shards of 2"):
+            dataset.shuffle(opt, idata)
+    with pytest.raises(IndexError, match="batch 6 of 6"):
+        dataset.get_batch(6, 4)
+    with pytest.raises(ShapeError, match="batches of 3 datapoints for shards of 2"):
+        dataset.get_batch(0, 3)
+    dataset.close()
+    with pytest.raises(ClosedError, match="OptDataset is closed"):
+        dataset.get_batch(0, 2)
+
+
+@pytest.mark.parametrize(
+    "data, labels, shard, error, message",
+    [
+        (X, Y[:-1], 1, ShapeError, "23 labels for 24 datapoints"),
+        (X, Y, 5, ShapeError, "24 datapoints are not a multiple of ndata_shard = 5"),
+        (X, Y, 0, ShapeError, "not a multiple of ndata_shard = 0"),
+        (X[:0], None, 1, ShapeError, "data of shape .0, 5. have no datapoints"),
+        (np.float32(1), None, 1, ShapeError, "data of shape .. have no datapoints"),
+        (X, Y[:, :0], 1, ShapeError, "labels of shape .24, 0. have no datapoints"),
+        (X > 0, Y, 1, DTypeError, "ggml has no type for data of bool"),
+        (X, ["a"] * 24, 1, DTypeError, "ggml has no type for labels of"),
+    ],
+)
+def test_wrong_datasets(data, labels, shard, error, message):
+    with pytest.raises(error, match=message):
+        OptDataset(data, labels, ndata_shard=shard)
+
+
+@pytest.mark.parametrize(
+    "dataset, split, message",
+    [
+        ((X[:, :4], Y), -1, "datapoints of 4 elements of F32 for inputs"),
+        ((X.astype("d"), Y), -1, "datapoints of 5 elements of F64 for inputs"),
+        ((X, None), -1, "the loss MEAN_SQUARED_ERROR needs labels"),
+        ((X, Y[:, :2]), -1, "2 labels of F32 for each datapoint"),
+        ((X, Y.astype("d")), -1, "3 labels of F64 for each datapoint"),
+        ((X[:22], Y[:22]), -1, "22 datapoints to train with and 0 others are not multiples of 4"),
+        ((X, Y), 6, "6 datapoints to train with and 18 others are not multiples of 4"),
+        ((X, Y), 28, "28 datapoints to train with and -4 others"),
+    ],
+)
+def test_datasets_that_do_not_fit(linear, dataset, split, message):
+    with pytest.raises(ShapeError, match=message):
+        linear.opt().epoch(OptDataset(*dataset), idata_split=split)
+
+
+def test_shards_that_do_not_fit(linear):
+    with pytest.raises(ShapeError, match="batches of 4 datapoints for shards of 8"):
+        linear.opt().epoch(OptDataset(X, Y, ndata_shard=8))
+    with pytest.raises(ShapeError, match="the loss SUM has no labels"):
+        Linear(linear.sched.backends[0]).opt(loss_type=OptLossType.SUM).epoch(OptDataset(X, Y))
+
+
+def test_wrong_contexts(linear, backend):
+    other = Linear(backend)
+    with pytest.raises(ParameterError, match="inputs and outputs are given both"):
+        OptContext(linear.sched, linear.inputs)
+    with pytest.raises(ParameterError, match="opt_period must be 1 to"):
+        linear.opt(opt_period=0)
+    with pytest.raises(ParameterError, match="the optimiser must be AdamW or SGD"):
+        linear.opt(optimizer="adam")
+    with pytest.raises(ShapeError, match="are not computed from inputs"):
+        OptContext(linear.sched, other.inputs, linear.outputs)
+    with pytest.raises(ShapeError, match="inputs must be a leaf"):
+        OptContext(linear.sched, linear.outputs, linear.outputs)
+    with pytest.raises(ShapeError, match="no node is a parameter"):
+        plain = Context(Context.size_for(4))
+        x = Tensor.from_numpy(plain, X[:4].copy())
+        OptContext(linear.sched, x, ops.scale(plain, x, 2.0), loss_type=MSE)
+    with pytest.raises(AllocError, match="for a scheduler of 8"):
+        OptContext(Sched([backend], 8), linear.inputs, linear.outputs, loss_type=MSE)
+    opt = linear.opt()
+    with pytest.raises(BackendError, match="this scheduler serves a graph already"):
+        linear.opt()
+    with pytest.raises(BackendError, match="serves a graph already"):
+        linear.sched.alloc_graph(CGraph(Context(Context.size_for(1, 8)), 8))
+    opt.close()
+    opt.close()
+    linear.opt().close()
+
+
+def test_parameters_must_be_writable(backend, tmp_path):
+    linear = Linear(backend)
+    ctx = Context(Context.size_for(4))
+    w = Tensor.from_numpy(ctx, np.frombuffer(W.tobytes(), "f").reshape(3, 5), "frozen").set_param()
+    with pytest.raises(DTypeError, match="parameter 'frozen' is in a read-only mapping"):
+        OptContext(linear.sched, linear.inputs, ops.mul_mat(ctx, w, linear.inputs), loss_type=MSE)
+    w = ctx.new_tensor(Type.F32, (5, 3), "nowhere").set_param()
+    with pytest.raises(ClosedError, match="tensor 'nowhere' has no data"):
+        OptContext(linear.sched, linear.inputs, ops.mul_mat(ctx, w, linear.inputs), loss_type=MSE)
+
+
+def test_large_graphs_are_refused(backend):
+    linear = Linear(backend)
+    ctx = Context(Context.size_for(1600))
+    cur = linear.outputs
+    for _ in range(1500):
+        cur = ops.scale(ctx, cur, 1.0)
+    with pytest.raises(AllocError, match=r"a training step of \d+ nodes and leaves, for graphs of 2048"):
+        OptContext(Sched([backend], 8192), linear.inputs, cur, loss_type=MSE)
+
+
+def test_no_gradient(linear):
+    with pytest.raises(ShapeError, match="ggml has no gradient"):
+        OptContext(linear.sched, linear.inputs, ops.tanh(linear.weights, linear.outputs), loss_type=MSE)
+
+
+def test_order_of_calls(linear):
+    opt = linear.opt(opt_period=2)
+    with pytest.raises(BackendError, match=r"eval: alloc\(\) comes first"):
+        opt.eval()
+    opt.alloc(backward=True)
+    with pytest.raises(BackendError, match="the batch before was not evaluated"):
+        opt.alloc(backward=True)
+    opt.eval()
+    with pytest.raises(BackendError, match="alloc: 1 of opt_period = 2 batches were trained with"):
+        opt.alloc(backward=False)
+    opt.alloc(backward=True)
+    opt.eval()
+    opt.alloc(backward=False)
+    opt.eval()
+    with pytest.raises(BackendError, match="must be a multiple of opt_period = 2"):
+        opt.alloc(backward=True)
+    with pytest.raises(BackendError, match="the graphs are static"):
+        opt.prepare_alloc(_graph(), linear.inputs, linear.outputs)
+
+
+def _graph():
+    return CGraph(Context(Context.size_for(1, 8)), 8)
+
+
+def test_results_are_of_one_kind(linear):
+    result = OptResult()
+    with linear.opt() as opt:
+        opt.epoch(OptDataset(X, Y), result)
+    linear.sched.reset()
+    with linear.opt(loss_type=CE) as opt, pytest.raises(ShapeError, match="eval: a result of"):
+        opt.epoch(OptDataset(X, ONE_HOT), result)
+
+
+def test_a_parameter_too_late(linear):
+    extra = Tensor.from_numpy(linear.weights, np.ones((4, 3), "f"), "extra")
+    opt = OptContext(linear.sched, linear.inputs, ops.add(linear.weights, linear.outputs, extra), loss_type=MSE)
+    extra.set_param()
+    with pytest.raises(ShapeError, match="'extra' was marked as a parameter after the graphs were built"):
+        opt.epoch(OptDataset(X, Y))
+
+
+def test_rows_that_are_not_there(backend):
+    ctx = Context(Context.size_for(8))
+    table = Tensor.from_numpy(ctx, W.copy(), "table").set_param()
+    ids = Tensor.from_numpy(ctx, np.zeros((4, 1), "i"), "ids")
+    outputs = ops.get_rows(ctx, table, ops.reshape(ctx, ids, 4))
+    opt = OptContext(Sched([backend]), ids, outputs, loss_type=MSE)
+    opt.epoch(OptDataset(np.int32([[0], [1], [2], [1]]), np.zeros((4, 5), "f")))
+    with pytest.raises(IndexRangeError, match="picks row 3 of 3"):
+        opt.epoch(OptDataset(np.int32([[0], [1], [3], [1]]), np.zeros((4, 5), "f")))
+    opt.epoch(OptDataset(np.int32([[0], [1], [2], [1]]), np.zeros((4, 5), "f")))  # nothing was left half done
+
+
+def test_an_abort_flag_is_heard(linear, backend):
+    opt = linear.opt()
+    backend.abort_flag = True
+    try:
+        with pytest.raises(ComputeAborted, match="training: stopped by an abort flag"):
+            opt.epoch(OptDataset(X, Y))
+    finally:
+        backend.abort_flag = False
+
+
+def test_closed_owners(linear):
+    opt = linear.opt()
+    dataset = OptDataset(X, Y)
+    linear.weights.close()
+    with pytest.raises(ClosedError, match="Context of this Tensor is closed"):
+        opt.epoch(dataset)
+    opt.close()
+    with pytest.raises(ClosedError, match="OptContext is closed"):
+        opt.epoch(dataset)
+    with pytest.raises(ClosedError, match="OptContext is closed"):
+        opt.labels
+
+
+def test_what_it_uses_lives_on(backend):
+    def make():
+        linear = Linear(backend)
+        return linear.opt(), linear.array
+
+    opt, array = make()
+    gc.collect()
+    labels = opt.labels
+    opt.epoch(OptDataset(X, Y))
+    assert not np.array_equal(array, W)
+    opt.close()
+    with pytest.raises(ClosedError):
+        labels.set_data(bytes(48))
+
+
+@pytest.mark.parametrize("values", [{"alpha": 0}, {"alpha": float("nan")}, {"alpha": "x"}, {"wd": 2}, {"wd": -1}])
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_wrong_parameters(kind, values):
+    with pytest.raises(ParameterError, match=f"{kind.__name__}: {next(iter(values))} must be"):
+        kind(**values)
+
+
+def test_the_optimiser_stays(linear):
+    kinds = iter([SGD(), AdamW()])
+    opt = linear.opt(optimizer=lambda epoch: next(kinds))
+    with pytest.raises(ParameterError, match="the optimiser must be SGD, not AdamW"):
+        opt.epoch(OptDataset(X, Y))
+
+
+def test_memory_is_freed(backend):
+    import resource
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    dataset = OptDataset(X, Y)
+    for i in range(60):
+        linear = Linear(backend)
+        linear.opt().epoch(dataset)
+        if i == 20:
+            before = peak()
+    assert peak() - before < 20_000  # KB; one context of graphs is 0.6 MB
