@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := build/venv
 LINT := build/lint
 DOCS := build/docs
+ASAN := build/asan
 
-.PHONY: demo test bench lint docs
+.PHONY: demo test asan bench lint docs
 
 # Builds and installs the package as a user would, and the reference, llama-cpp-python, from its source release.
 # `pytest`, not `python -m pytest`: that would import the sources instead of what was installed.
@@ -14,6 +15,26 @@ test:
 	CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF" $(VENV)/bin/pip install --disable-pip-version-check \
 	    --no-binary llama-cpp-python '.[test]'
 	$(VENV)/bin/pytest
+
+# The ggml tests, and the fuzz of its ops, with ggml and the extension modules under AddressSanitizer and UBSan: in a venv
+# and a build folder of their own.  The sanitizers' libraries must be loaded before Python, and Python's own leaks
+# are none of ours; libstdc++ is there so that exceptions find the sanitizer.  ggml itself shifts into the sign bit, and
+# reads enums from files before it checks them: these two are not looked for.  CASES is how many the fuzz has.
+CASES ?= 20000
+SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CC) -print-file-name=$(lib)))
+SANITIZED = LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+
+asan:
+	$(PYTHON) -m venv $(ASAN)/venv
+	$(ASAN)/venv/bin/pip install --disable-pip-version-check --quiet 'pip>=23.1' 'pytest>=8'
+	CFLAGS='-O1 -g -DNDEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=shift,enum' \
+	CXXFLAGS='-O1 -g -DNDEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=shift,enum' \
+	    $(ASAN)/venv/bin/pip install --disable-pip-version-check -Cbuild-dir=$(ASAN)/cmake \
+	    -Ccmake.build-type=None -Cinstall.strip=false .
+	$(SANITIZED) $(ASAN)/venv/bin/pytest tests/ggml -m 'not slow' $(foreach needs_more,stubs quants_equal,\
+	    --ignore=tests/ggml/test_$(needs_more).py) --deselect tests/ggml/test_context.py::test_memory_stays_flat
+	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_ops.py --cases $(CASES)
 
 lint:
 	$(PYTHON) -m venv $(LINT)

@@ -1,0 +1,49 @@
+"""Whatever an op is called with, the process goes on: see fuzz_ops.py, which has more cases by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("fuzz_ops.py")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_call_ends_the_process(seed: int):
+    command = [sys.executable, str(SCRIPT), "--cases", "2000", "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_crash_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A process that dies in its third case: that one is reported, and the others run."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("fuzz_ops", SCRIPT)
+    assert spec and spec.loader
+    fuzz_ops = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzz_ops)
+    code = """
+import os, sys
+for i in range(int(sys.argv[3]), int(sys.argv[3]) + int(sys.argv[4])):
+    print('{"leaves": [], "steps": [{"op": "number %d", "args": []}]}' % i, flush=True)
+    if i == 2:
+        print("what ggml says", file=sys.stderr)
+        os.abort()
+    print('{"done": {"odd": [], "accepted": ["add"], "computed": []}}', flush=True)
+"""
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return popen([command[0], "-c", code, *command[2:]], **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(fuzz_ops.subprocess, "Popen", start)
+    assert fuzz_ops.run(6, seed=1, per_process=6) == 1
+    out = capsys.readouterr().out
+    assert "number 2 ends with status -6: what ggml says" in out
+    assert """--replay '{"leaves": [], "steps": [{"op": "number 2", "args": []}]}'""" in out
+    assert "6 cases of" in out
+    assert "5 calls accepted" in out
