@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import report_adaptors
+import report_ggml
 import report_text
 from markdown_table import table
 
@@ -304,7 +305,7 @@ def verdicts(results: Results) -> str:
         us = (case["activate"] + max(case["extra"], 0.0)) * 1e3
         rows.append((f"swap, next token's extra included, {name}", "< 200 us", f"{us:.0f} us", us < 200))
     rows += [*_memory_verdicts(results), *report_adaptors.verdicts(results), *_other_verdicts(results)]
-    rows += report_text.verdicts(results)
+    rows += [*report_text.verdicts(results), *report_ggml.verdicts(results)]
     return table(
         ["promise", "limit", "found", "holds"],
         [(what, limit, found, "yes" if ok else "**no**") for what, limit, found, ok in rows],
@@ -367,6 +368,7 @@ def markdown(results: Results) -> str:
         report_text.sampling(results),
         report_text.chats(results),
         report_text.constraints(results),
+        report_ggml.calls(results),
         load(results),
         memory(results),
         files(results),

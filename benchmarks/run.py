@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ggml_calls
 import machine
 import report
 from loras import write_lora
@@ -25,7 +26,7 @@ import pyggml_adapt as pga
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("pyggml_adapt", "mmap", "default", "shards")
 N_TASKS = (1, 2, 4)
-PARTS = ("speed", "architectures", "switching", "memory", "adaptors", "soak", "text")
+PARTS = ("speed", "architectures", "switching", "memory", "adaptors", "soak", "text", "ggml")
 
 
 def say(text: str) -> None:
@@ -200,6 +201,9 @@ def measure_part(part: str, store: Store, shapes: list[Shape], args: argparse.Na
         yield from measure_adaptors(store, shapes, args.quick)
     elif part == "text":
         yield from measure_text(store, args.quick)
+    elif part == "ggml":
+        say("measuring calls of ggml ...")
+        yield {"ggml_calls": ggml_calls.measure(args.ggml_python, rounds=10 if args.quick else 60)}
     else:
         yield {"soak": measure_soak(store, args.quick)}
 
@@ -214,6 +218,9 @@ def measure_all(store: Store, shapes: list[Shape], args: argparse.Namespace, out
         results |= json.loads(out.read_text(encoding="utf-8"))
     results["machine"] = machine.describe()
     for part in args.parts:
+        if part == "ggml" and args.ggml_python is None:
+            say("calls of ggml are not measured: --ggml-python names no Python that has ggml-python 0.0.45")
+            continue
         results["measured"][part] = machine.now(ROOT)
         fresh: set[str] = set()
         for found in measure_part(part, store, shapes, args):
@@ -234,6 +241,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the others stay as they were measured before"
     )
+    parser.add_argument("--ggml-python", metavar="PYTHON", help="a Python that has ggml-python 0.0.45, for part ggml")
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing, report these results")
     return parser.parse_args()
 
