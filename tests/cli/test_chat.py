@@ -193,6 +193,16 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def end(self):
+        """Type Ctrl-D until the program ends, as it does at a prompt and not in a reply, and return its status."""
+        for _ in range(30):
+            try:
+                self.type(b"\x04")
+                return self.process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                continue
+        raise AssertionError(("it does not end", self.seen))
+
     def close(self):
         self.process.kill()
         self.process.wait()
@@ -233,8 +243,7 @@ def test_at_a_terminal(terminal, arguments, tmp_path):
     chat.wait_for(b"upper>")
     chat.type(b"one\x1b\rtwo\r")  # Alt-Enter
     chat.wait_for(b"upper>")
-    chat.type(b"\x04")
-    assert chat.process.wait(timeout=60) == 0
+    assert chat.end() == 0
     assert b"+one\n+two\n" in (tmp_path / "history").read_bytes()
     again = terminal(*options)
     again.wait_for(b"base>")
