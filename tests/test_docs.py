@@ -12,7 +12,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 SESSIONS = re.compile(r"^```pycon\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["guide/ggml.md", "reference/ggml.md"])
+@pytest.mark.parametrize("page", ["guide/ggml.md", "reference/ggml.md", "howto/add-op.md"])
 def test_sessions(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / page).read_text()
