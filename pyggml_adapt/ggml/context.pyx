@@ -1,5 +1,6 @@
 """Context, which owns tensors, and Tensor, which borrows one of them."""
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -120,17 +121,18 @@ cdef int count(list todo, set seen) except -1:
 
 cdef int read_ne(int64_t * dims, str op, ne) except -1:
     """Fill dims from ne, 1 to 4 dimensions, padded with ones, and check that a tensor can have that shape."""
-    cdef int i, n_dims = len(ne)
+    cdef tuple given = <tuple> ne if type(ne) is tuple else tuple(ne)
+    cdef int i, n_dims = len(given)
     cdef double n_elements = 1
     if not 1 <= n_dims <= c.GGML_MAX_DIMS:
         raise ShapeError(f"{op}: {n_dims} dimensions, not 1 to {c.GGML_MAX_DIMS}")
+    dims[0] = dims[1] = dims[2] = dims[3] = 1
+    try:
+        for i in range(n_dims):
+            dims[i] = given[i]
+    except OverflowError:
+        dims[i] = -1
     for i in range(c.GGML_MAX_DIMS):
-        dims[i] = 1
-        if i < n_dims:
-            try:
-                dims[i] = ne[i]
-            except OverflowError:
-                dims[i] = -1
         n_elements *= max(dims[i], 1)
         if dims[i] < 0 or n_elements > MAX_ELEMENTS:
             raise ShapeError(f"{op}: impossible shape {list(ne)}")

@@ -14,6 +14,7 @@ cdef class TensorTable:
     cdef void ** _data
     cdef c.ggml_backend_buffer ** _buffers
     cdef set _owners
+    cdef frozenset _readonly  # which tensors are in read-only mappings
 
 
 cdef class Slots:
@@ -23,6 +24,6 @@ cdef class Slots:
     cdef _Binding _binding
     cdef Py_ssize_t n, n_views
     cdef int _n_nodes
-    cdef bint _written  # by a node of the graph
+    cdef frozenset _written  # which slots nodes of the graph write into
     cdef c.ggml_tensor ** _slots
     cdef c.ggml_tensor ** _views

@@ -3,10 +3,10 @@
 from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Owner, Tensor
+from pyggml_adapt.ggml.context cimport Owner, Tensor, reach
 from pyggml_adapt.ggml.graph cimport CGraph, check_idle, written_roots
 
-from pyggml_adapt.errors import BackendError, ShapeError
+from pyggml_adapt.errors import BackendError, DTypeError, ShapeError
 
 _signatures = {}  # one object for each signature, so that tables compare by identity
 
@@ -17,6 +17,19 @@ cdef c.ggml_tensor * check_source(Tensor tensor) except NULL:
     if not c.ggml_is_contiguous(t):
         raise ShapeError(f"tensor {tensor.name!r} is not contiguous: a slot cannot point at it")
     return t
+
+
+cdef list find_readonly(c.ggml_backend_buffer ** buffers, Py_ssize_t n, list owners):
+    """Return which of n buffers are read-only mappings."""
+    cdef Py_ssize_t i
+    cdef dict known = {}
+    found = []
+    for i in range(n):
+        if <size_t> buffers[i] not in known:
+            known[<size_t> buffers[i]] = any([(<Owner> owner).owns_readonly(buffers[i]) for owner in owners])
+        if known[<size_t> buffers[i]]:
+            found.append(i)
+    return found
 
 
 cdef class _Binding(Owner):
@@ -52,6 +65,7 @@ cdef class TensorTable:
             self._buffers[i] = tensor.buffer()
             owners.add(tensor.ctx)
         self._owners = owners
+        self._readonly = frozenset(find_readonly(self._buffers, self.n, reach(list(owners))))
         signature = (len(self.scales), *[(each.type, each.ne) for each in self.tensors])
         self.signature = _signatures.setdefault(signature, signature)
 
@@ -132,7 +146,8 @@ cdef class Slots:
         for i in range(self.n):
             self._slots[i] = (<Tensor> self._tensors[i][0])._ptr
             roots.add(<size_t> self._slots[i])
-        self._written = not roots.isdisjoint(written_roots(self.graph))
+        written = written_roots(self.graph)
+        self._written = frozenset([i for i in range(self.n) if <size_t> self._slots[i] in written])
         for k in range(n_nodes):
             t = c.ggml_graph_node(self.graph._ptr, k)
             if t.view_src != NULL and <size_t> t.view_src in roots:
@@ -145,7 +160,7 @@ cdef class Slots:
         """Point the slots at the tensors of `table`, if they do not point there already.
 
         Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
-        before seal() or if the graph has grown since.
+        before seal() or if the graph has grown since; DTypeError if the graph would write into a read-only mapping.
         """
         cdef Py_ssize_t i
         cdef c.ggml_tensor * t
@@ -157,6 +172,9 @@ cdef class Slots:
         if table.signature is not self.table.signature:
             raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
                              f"{self._first_difference(table)}")
+        if table._readonly and not self._written.isdisjoint(table._readonly):
+            names = [table.tensors[i].name for i in self._written & table._readonly]
+            raise DTypeError(f"Slots.bind: tensor {names[0]!r} is in a read-only mapping, and the graph writes into it")
         for i in range(len(self._scales)):
             (<float *> (<Tensor> self._scales[i])._ptr.op_params)[0] = table.scales[i]
         for i in range(self.n):
@@ -166,8 +184,6 @@ cdef class Slots:
             t = self._views[i]
             t.data = <char *> t.view_src.data + t.view_offs
             t.buffer = t.view_src.buffer
-        if self._written:
-            self.graph._supported_by = None  # what the slots point at now may be read-only
         self.table = table
         self._binding._uses = table._owners
 

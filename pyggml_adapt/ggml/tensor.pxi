@@ -6,6 +6,7 @@ _FORMATS = {
 _TYPES = {np.dtype(code.decode()): type for type, code in _FORMATS.items()}
 
 
+@cython.freelist(256)
 cdef class Tensor:
     """Borrow one ggml_tensor; its Context stays alive with it."""
 

@@ -136,11 +136,11 @@ cdef int check_split(str op, Tensor a, Tensor b, bint f16, bint bf16) except -1:
     cdef c.ggml_tensor * pb = b.ptr()
     check_even_floats(op, a, f16, bf16)
     if pa.type != pb.type:
-        raise bad_type(op, "types differ", [("a", a), ("b", b)])
+        raise bad_type(op, "types differ", ("a", a, "b", b))
     if not c.ggml_are_same_shape(pa, pb):
-        raise bad_shape(op, "shapes differ", [("a", a), ("b", b)])
+        raise bad_shape(op, "shapes differ", ("a", a, "b", b))
     if not has_rows(pb) or not has_even_rows(pb):
-        raise bad_shape(op, "the rows of b must be contiguous, and lie at one distance", [("a", a), ("b", b)])
+        raise bad_shape(op, "the rows of b must be contiguous, and lie at one distance", ("a", a, "b", b))
     return 0
 
 
@@ -157,7 +157,7 @@ def silu_back(Context ctx not None, Tensor a not None, Tensor b not None):
 cdef int check_halves(str op, Tensor a) except -1:
     check_even_floats(op, a, True, True)
     if a.ptr().ne[0] % 2:
-        raise bad_shape(op, "ne0 is odd", [("a", a)])
+        raise bad_shape(op, "ne0 is odd", ("a", a))
     return 0
 
 

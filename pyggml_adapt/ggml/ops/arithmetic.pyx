@@ -21,11 +21,11 @@ cdef int check_pair(str op, Tensor a, Tensor b) except -1:
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     if not c.ggml_can_repeat(pb, pa):
-        raise bad_shape(op, "b does not broadcast to a", [("a", a), ("b", b)])
+        raise bad_shape(op, "b does not broadcast to a", ("a", a, "b", b))
     if pb.type != c.GGML_TYPE_F32 and pb.type != pa.type or not (is_float(pa) or pa.type == c.GGML_TYPE_BF16):
-        raise bad_type(op, "a must be F32, F16 or BF16, b F32 or of a's type", [("a", a), ("b", b)])
+        raise bad_type(op, "a must be F32, F16 or BF16, b F32 or of a's type", ("a", a, "b", b))
     if not has_rows(pa):
-        raise bad_shape(op, "the rows of a must be contiguous", [("a", a), ("b", b)])
+        raise bad_shape(op, "the rows of a must be contiguous", ("a", a, "b", b))
     return check_counts(op, a)
 
 
@@ -35,11 +35,11 @@ cdef int check_quantised(str op, Tensor a, Tensor b, c.ggml_type type) except -1
     cdef c.ggml_tensor * pb = b.ptr()
     if not is_weight(pa) or not is_writable(type) or pb.type != c.GGML_TYPE_F32:
         raise bad_type(op, "to a quantised a, of a type that ggml can convert to, only F32 can be added",
-                       [("a", a), ("b", b)])
+                       ("a", a, "b", b))
     if not c.ggml_are_same_shape(pa, pb):
-        raise bad_shape(op, "a is quantised, and b of another shape", [("a", a), ("b", b)])
+        raise bad_shape(op, "a is quantised, and b of another shape", ("a", a, "b", b))
     if not has_rows(pa) or not has_rows(pb):
-        raise bad_shape(op, "the rows of a and b must be contiguous", [("a", a), ("b", b)])
+        raise bad_shape(op, "the rows of a and b must be contiguous", ("a", a, "b", b))
     check_blocks(op, type, pa.ne[0], a)
     return check_counts(op, a)
 
@@ -81,7 +81,7 @@ def add_inplace(Context ctx not None, Tensor a not None, Tensor b not None):
     check_inplace("add_inplace", a)
     check_sum("add_inplace", a, b)
     if c.ggml_is_quantized(pa.type) and not pa.nb[0] <= pa.nb[1] <= pa.nb[2] <= pa.nb[3]:
-        raise bad_shape("add_inplace", "a quantised a must not be permuted", [("a", a), ("b", b)])
+        raise bad_shape("add_inplace", "a quantised a must not be permuted", ("a", a, "b", b))
     return result(ctx, c.ggml_add_inplace(ctx.room(1), pa, b.ptr()), a, b)
 
 
@@ -101,9 +101,9 @@ def add_cast(Context ctx not None, Tensor a not None, Tensor b not None, type):
         check_pair("add_cast", a, b)
         if pa.type == c.GGML_TYPE_F32 or t != pa.type and (t != c.GGML_TYPE_F32 or b.ptr().type != t):
             raise bad_type("add_cast", "a must be quantised, F16 or BF16, and the new type a's, or F32 if b is F32",
-                           [("a", a), ("b", b)])
+                           ("a", a, "b", b))
         if pa.ne[0] != b.ptr().ne[0]:
-            raise bad_shape("add_cast", "ne0 differs", [("a", a), ("b", b)])
+            raise bad_shape("add_cast", "ne0 differs", ("a", a, "b", b))
     return result(ctx, c.ggml_add_cast(ctx.room(1), pa, b.ptr(), t), a, b)
 
 
@@ -141,7 +141,7 @@ cdef int check_scale(str op, Tensor a) except -1:
     check_even_floats(op, a, False, True)
     cdef c.ggml_tensor * pa = a.ptr()
     if not c.ggml_is_contiguous(pa) or pa.nb[2] != pa.nb[1] * pa.ne[1] or pa.nb[3] != pa.nb[2] * pa.ne[2]:
-        raise bad_shape(op, "a must be contiguous", [("a", a)])
+        raise bad_shape(op, "a must be contiguous", ("a", a))
     return 0
 
 
@@ -190,7 +190,7 @@ cdef Tensor filled(str op, Context ctx, Tensor a, float value, bint inplace):
     check_floats(op, a, True, False)
     cdef c.ggml_tensor * pa = a.ptr()
     if not c.ggml_is_contiguous(pa):
-        raise bad_shape(op, "a must be contiguous", [("a", a)])
+        raise bad_shape(op, "a must be contiguous", ("a", a))
     return result(ctx, (c.ggml_fill_inplace if inplace else c.ggml_fill)(ctx.room(1), pa, value), a)
 
 

@@ -48,9 +48,9 @@ cdef int check_sinks(str op, Tensor sinks, int64_t n_head, operands) except -1:
 cdef int check_logits(str op, Tensor a) except -1:
     check_rows(op, a)
     if not c.ggml_is_contiguous(a.ptr()):
-        raise bad_shape(op, "a must be contiguous", [("a", a)])
+        raise bad_shape(op, "a must be contiguous", ("a", a))
     if not fits(a.ptr()):
-        raise bad_shape(op, "a is too large", [("a", a)])
+        raise bad_shape(op, "a is too large", ("a", a))
     return 0
 
 
@@ -70,7 +70,7 @@ cdef Tensor masked(str op, ext_op call, Context ctx, Tensor a, Tensor mask, floa
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pm = NULL
     check_rows(op, a)
-    operands = [("a", a), ("mask", mask), ("sinks", sinks)]
+    operands = ("a", a, "mask", mask, "sinks", sinks)
     if not c.ggml_is_contiguous(pa) or (max_bias > 0 and mask is None):
         raise bad_shape(op, "a must be contiguous, and max_bias needs a mask", operands)
     if not fits(pa):
@@ -113,7 +113,7 @@ def soft_max_ext_inplace(Context ctx not None, Tensor a not None, Tensor mask, f
 
 cdef Tensor masked_back(str op, ext_op call, Context ctx, Tensor a, Tensor b, float scale, float max_bias):
     """Check that a and b are rows at one distance, in one shape, and return the gradient."""
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_even_rows(op, a)
     check_even_rows(op, b)
     if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
@@ -159,7 +159,7 @@ def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, T
     cdef c.ggml_tensor * pk = k.ptr()
     cdef c.ggml_tensor * pv = v.ptr()
     cdef c.ggml_tensor * pm = NULL
-    operands = [("q", q), ("k", k), ("v", v), ("mask", mask), ("sinks", sinks)]
+    operands = ("q", q, "k", k, "v", v, "mask", mask, "sinks", sinks)
     check_qkv(pq, pk, pv, operands)
     if not 0 <= logit_softcap < INFINITY:
         raise bad_value("flash_attn_ext", f"logit_softcap {logit_softcap} is not a finite number from 0 up")
@@ -234,7 +234,7 @@ def lightning_indexer(Context ctx not None, Tensor q not None, Tensor k not None
     Raises: ShapeError if these do not match or their rows are not contiguous.
     Wraps: ggml_lightning_indexer.
     """
-    operands = [("q", q), ("k", k), ("weights", weights), ("mask", mask)]
+    operands = ("q", q, "k", k, "weights", weights, "mask", mask)
     check_indexer(q.ptr(), k.ptr(), weights.ptr(), mask.ptr(), operands)
     return result(ctx, c.ggml_lightning_indexer(ctx.room(1), q.ptr(), k.ptr(), weights.ptr(), mask.ptr()), q, k,
                   weights, mask)

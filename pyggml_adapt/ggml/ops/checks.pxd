@@ -11,8 +11,8 @@ ctypedef c.ggml_tensor * (*binary_op)(c.ggml_context *, c.ggml_tensor *, c.ggml_
 
 cdef Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=*, Tensor d=*, Tensor e=*, Tensor f=*)
 
-cdef object bad_shape(str op, str why, operands)
-cdef object bad_type(str op, str why, operands)
+cdef object bad_shape(str op, str why, tuple operands)
+cdef object bad_type(str op, str why, tuple operands)
 
 cdef object bad_value(str op, str why)
 cdef str type_name(c.ggml_type type)

@@ -39,13 +39,17 @@ cdef Tensor result(Context ctx, c.ggml_tensor * t, Tensor a, Tensor b=None, Tens
     return ctx.wrap(t)
 
 
-cdef object bad_shape(str op, str why, operands):
-    shapes = ", ".join(f"{name} {list((<Tensor> t).ne)}" for name, t in operands if t is not None)
+cdef object bad_shape(str op, str why, tuple operands):
+    """Return an error with the operands' shapes.  operands: names and Tensors, in turns, None for one not given."""
+    shapes = ", ".join([f"{operands[i]} {list((<Tensor> operands[i + 1]).ne)}"
+                        for i in range(0, len(operands), 2) if operands[i + 1] is not None])
     return ShapeError(f"{op}: {why} ({shapes})")
 
 
-cdef object bad_type(str op, str why, operands):
-    types = ", ".join(f"{name} {(<Tensor> t).type.name}" for name, t in operands if t is not None)
+cdef object bad_type(str op, str why, tuple operands):
+    """Return an error with the operands' types; as bad_shape()."""
+    types = ", ".join([f"{operands[i]} {(<Tensor> operands[i + 1]).type.name}"
+                       for i in range(0, len(operands), 2) if operands[i + 1] is not None])
     return DTypeError(f"{op}: {why} ({types})")
 
 
@@ -83,9 +87,9 @@ cdef int check_rows(str op, Tensor a) except -1:
     """Check that a is F32 with contiguous rows, as the row-wise ops need."""
     cdef c.ggml_tensor * pa = a.ptr()
     if pa.type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a must be F32", [("a", a)])
+        raise bad_type(op, "a must be F32", ("a", a))
     if not has_rows(pa):
-        raise bad_shape(op, "the rows of a must be contiguous", [("a", a)])
+        raise bad_shape(op, "the rows of a must be contiguous", ("a", a))
     return 0
 
 
@@ -93,7 +97,7 @@ cdef int check_even_rows(str op, Tensor a) except -1:
     """Check that a is F32 with contiguous rows at one distance."""
     check_rows(op, a)
     if not has_even_rows(a.ptr()):
-        raise bad_shape(op, "the rows of a must lie at one distance", [("a", a)])
+        raise bad_shape(op, "the rows of a must lie at one distance", ("a", a))
     return 0
 
 
@@ -106,7 +110,7 @@ cdef int check_size(str op, double n_elements, operands) except -1:
 
 cdef int check_blocks(str op, c.ggml_type type, int64_t ne0, Tensor a) except -1:
     if ne0 % c.ggml_blck_size(type):
-        raise bad_shape(op, f"ne0 = {ne0} is not a multiple of {type_name(type)}'s block size", [("a", a)])
+        raise bad_shape(op, f"ne0 = {ne0} is not a multiple of {type_name(type)}'s block size", ("a", a))
     return 0
 
 
@@ -127,7 +131,7 @@ cdef int check_weights(str op, c.ggml_tensor * pa, c.ggml_tensor * pb, operands)
 
 cdef int check_counts(str op, Tensor a) except -1:
     if not fits(a.ptr()):
-        raise bad_shape(op, "a kernel cannot count so many elements in a row, or so many rows", [("a", a)])
+        raise bad_shape(op, "a kernel cannot count so many elements in a row, or so many rows", ("a", a))
     return 0
 
 
@@ -137,9 +141,9 @@ cdef int check_floats(str op, Tensor a, bint f16, bint bf16) except -1:
     if (pa.type != c.GGML_TYPE_F32 and not (f16 and pa.type == c.GGML_TYPE_F16)
             and not (bf16 and pa.type == c.GGML_TYPE_BF16)):
         types = "F32, F16 or BF16" if f16 and bf16 else "F32 or F16" if f16 else "F32 or BF16" if bf16 else "F32"
-        raise bad_type(op, f"a must be {types}", [("a", a)])
+        raise bad_type(op, f"a must be {types}", ("a", a))
     if not has_rows(pa):
-        raise bad_shape(op, "the rows of a must be contiguous", [("a", a)])
+        raise bad_shape(op, "the rows of a must be contiguous", ("a", a))
     return check_counts(op, a)
 
 
@@ -147,7 +151,7 @@ cdef int check_even_floats(str op, Tensor a, bint f16, bint bf16) except -1:
     """Check that a is as check_floats wants it, with rows at one distance."""
     check_floats(op, a, f16, bf16)
     if not has_even_rows(a.ptr()):
-        raise bad_shape(op, "the rows of a must lie at one distance", [("a", a)])
+        raise bad_shape(op, "the rows of a must lie at one distance", ("a", a))
     return 0
 
 
@@ -166,7 +170,7 @@ cdef int check_inplace(str op, Tensor a) except -1:
         done |= 1 << next
         if pa.ne[next] > (c.ggml_blck_size(pa.type) if next == 0 else 1):
             if pa.nb[next] < end:
-                raise bad_shape(op, "elements of a share memory: it cannot be written in place", [("a", a)])
+                raise bad_shape(op, "elements of a share memory: it cannot be written in place", ("a", a))
             end += (pa.ne[next] // (c.ggml_blck_size(pa.type) if next == 0 else 1) - 1) * pa.nb[next]
     return 0
 

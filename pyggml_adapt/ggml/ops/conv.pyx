@@ -56,7 +56,7 @@ def im2col(Context ctx not None, Tensor a not None, Tensor b not None, int s0, i
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef c.ggml_type type = type_of(dst_type)
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     cdef double n = check_columns("im2col", pa, pb, steps(s0, p0, d0, s1, p1, d1), is_2D, operands)
     check_data("im2col", pb, type, is_2D, operands)
     if not is_2D and p1:  # the kernel would shift its only row away
@@ -91,7 +91,7 @@ def im2col_back(Context ctx not None, Tensor a not None, Tensor b not None, ne, 
     cdef Steps st = steps(s0, p0, d0, s1, p1, d1)
     cdef int64_t d[4]
     cdef int64_t ow, oh
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     read_shape(d, "im2col_back", ne, operands)
     if pa.type != c.GGML_TYPE_F32 or not is_float(pb):
         raise bad_type("im2col_back", "a must be F32, b F32 or F16", operands)
@@ -131,7 +131,7 @@ def im2col_3d(Context ctx not None, Tensor a not None, Tensor b not None, int64_
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef c.ggml_type type = type_of(dst_type)
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     cdef double n = check_3d("im2col_3d", pa, pb, IC, steps(s0, p0, d0, s1, p1, d1, s2, p2, d2), operands)
     if type != c.GGML_TYPE_F32 and type != c.GGML_TYPE_F16:
         raise bad_type("im2col_3d", "columns must be F32 or F16", operands)
@@ -148,7 +148,7 @@ def col2im_1d(Context ctx not None, Tensor a not None, int s0, int oc, int p0):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef double n
-    operands = [("a", a)]
+    operands = ("a", a)
     if not is_float(pa) and pa.type != c.GGML_TYPE_BF16:
         raise bad_type("col2im_1d", "a must be F32, F16 or BF16", operands)
     if not 1 <= s0 <= MAX_STEP or not 0 <= p0 <= MAX_STEP:
@@ -184,7 +184,7 @@ cdef Tensor conv1(str op, Context ctx, Tensor a, Tensor b, int s0, int p0, int d
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef double n
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_data(op, pb, check_kernel(op, pa, pb, operands), False, operands)
     n = check_columns(op, pa, pb, steps(s0, p0, d0), False, operands)
     if pa.ne[3] != 1:
@@ -214,14 +214,14 @@ def conv_1d_ph(Context ctx not None, Tensor a not None, Tensor b not None, int s
     Raises: as conv_1d.
     Wraps: ggml_conv_1d_ph.
     """
-    cdef int p = half_of("conv_1d_ph", a.ptr().ne[0], [("a", a), ("b", b)])
+    cdef int p = half_of("conv_1d_ph", a.ptr().ne[0], ("a", a, "b", b))
     return conv1("conv_1d_ph", ctx, a, b, s, p, d, True)
 
 
 cdef Tensor conv1_dw(str op, Context ctx, Tensor a, Tensor b, int s0, int p0, int d0, bint half):
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_data(op, pb, check_kernel(op, pa, pb, operands), False, operands)
     if (not is_packed(pa) or not c.ggml_is_contiguous(pb) or pb.ne[2] * pb.ne[3] != 1
             or pa.ne[1] * pa.ne[3] != 1):
@@ -252,7 +252,7 @@ def conv_1d_dw_ph(Context ctx not None, Tensor a not None, Tensor b not None, in
     Raises: as conv_1d_dw.
     Wraps: ggml_conv_1d_dw_ph.
     """
-    cdef int p = half_of("conv_1d_dw_ph", a.ptr().ne[0], [("a", a), ("b", b)])
+    cdef int p = half_of("conv_1d_dw_ph", a.ptr().ne[0], ("a", a, "b", b))
     return conv1_dw("conv_1d_dw_ph", ctx, a, b, s0, p, d0, True)
 
 
@@ -260,7 +260,7 @@ cdef int check_conv2(str op, Tensor a, Tensor b, int64_t s0, int64_t s1, int p0,
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef double n
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if s0 > MAX_STEP or s1 > MAX_STEP:
         raise bad_value(op, f"stride {max(s0, s1)} is above {MAX_STEP}")
     check_data(op, pb, check_kernel(op, pa, pb, operands), True, operands)
@@ -296,7 +296,7 @@ def conv_2d_s1_ph(Context ctx not None, Tensor a not None, Tensor b not None):
     Raises: as conv_2d.
     Wraps: ggml_conv_2d_s1_ph.
     """
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     cdef int p0 = half_of("conv_2d_s1_ph", a.ptr().ne[0], operands)
     cdef int p1 = half_of("conv_2d_s1_ph", a.ptr().ne[1], operands)
     check_conv2("conv_2d_s1_ph", a, b, 1, 1, p0, p1, 1, 1)
@@ -315,7 +315,7 @@ def conv_2d_dw(Context ctx not None, Tensor a not None, Tensor b not None, int s
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef Steps st = steps(s0, p0, d0, s1, p1, d1)
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if pa.type == c.GGML_TYPE_F32:  # ggml would multiply it with columns of F16, for which it has no kernel
         raise bad_type("conv_2d_dw", "a must be F16 or BF16", operands)
     check_data("conv_2d_dw", pb, check_kernel("conv_2d_dw", pa, pb, operands), True, operands)
@@ -337,7 +337,7 @@ def conv_3d(Context ctx not None, Tensor a not None, Tensor b not None, int64_t 
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_kernel("conv_3d", pa, pb, operands)
     cdef double n = check_3d("conv_3d", pa, pb, IC, steps(s0, p0, d0, s1, p1, d1, s2, p2, d2), operands)
     check_size("conv_3d", n * (pb.ne[3] // IC) * max(pa.ne[0] * pa.ne[1] * pa.ne[2] * IC, pa.ne[3] // IC), operands)

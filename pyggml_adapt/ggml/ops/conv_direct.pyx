@@ -27,7 +27,7 @@ def conv_transpose_1d(Context ctx not None, Tensor a not None, Tensor b not None
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef double n
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not is_float(pa) or pb.type != c.GGML_TYPE_F32:
         raise bad_type("conv_transpose_1d", "a must be F32 or F16, b F32", operands)
     check_filled("conv_transpose_1d", pa, pb, operands)
@@ -54,7 +54,7 @@ def conv_transpose_2d_p0(Context ctx not None, Tensor a not None, Tensor b not N
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef double n
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not is_float(pa) or pb.type != c.GGML_TYPE_F32:
         raise bad_type("conv_transpose_2d_p0", "a must be F32 or F16, b F32", operands)
     check_filled("conv_transpose_2d_p0", pa, pb, operands)
@@ -95,7 +95,7 @@ def conv_2d_direct(Context ctx not None, Tensor a not None, Tensor b not None, i
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef Steps st = steps(s0, p0, d0, s1, p1, d1)
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_direct("conv_2d_direct", pa, pb, <double> pa.ne[0] * pa.ne[1] * pa.ne[2], pa.ne[3], operands)
     if pa.ne[2] != pb.ne[2]:
         raise bad_shape("conv_2d_direct", "channels (ne2) differ", operands)
@@ -116,7 +116,7 @@ def conv_3d_direct(Context ctx not None, Tensor a not None, Tensor b not None, i
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef Steps st = steps(s0, p0, d0, s1, p1, d1, s2, p2, d2)
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_direct("conv_3d_direct", pa, pb, <double> pa.ne[0] * pa.ne[1] * pa.ne[2] * n_channels, n_channels_out,
                  operands)
     if (n_channels < 1 or n_batch < 1 or n_channels_out < 1 or pa.ne[3] != <int64_t> n_channels * n_channels_out
@@ -149,7 +149,7 @@ def conv_2d_dw_direct(Context ctx not None, Tensor a not None, Tensor b not None
     cdef c.ggml_tensor * pb = b.ptr()
     cdef Steps st = steps(stride0, pad0, dilation0, stride1, pad1, dilation1)
     cdef bint plain, inner
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not is_float(pa) or pb.type != c.GGML_TYPE_F32:
         raise bad_type("conv_2d_dw_direct", "a must be F32 or F16, b F32", operands)
     check_filled("conv_2d_dw_direct", pa, pb, operands)

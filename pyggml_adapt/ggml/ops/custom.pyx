@@ -40,7 +40,7 @@ cdef Callback prepare(str op, Context ctx, fun, int n_tasks, operands):
         operand = <Tensor?> operands[i]
         t = operand.ptr()
         if not has_rows(t) and (c.ggml_is_quantized(t.type) or t.type == c.GGML_TYPE_BF16):
-            raise bad_shape(op, "the rows of what has no NumPy type must be contiguous", [(f"operand {i}", operand)])
+            raise bad_shape(op, "the rows of what has no NumPy type must be contiguous", (f"operand {i}", operand))
     ctx.room(1)
     ctx.n_tensors -= 1
     callback = new_callback(fun, n_tasks)
@@ -111,7 +111,7 @@ cdef int read_args(str op, args, int most, c.ggml_tensor ** pointers) except -1:
     """Fill in the pointers of the operands; return how many there are."""
     cdef Py_ssize_t i
     if len(args) > most:
-        raise bad_shape(op, f"{len(args)} operands, at most {most}", [])
+        raise bad_shape(op, f"{len(args)} operands, at most {most}", ())
     for i in range(len(args)):
         pointers[i] = (<Tensor?> args[i]).ptr()
     return len(args)
@@ -130,7 +130,7 @@ def custom_4d(Context ctx not None, type, ne, args, fun, int n_tasks=1):
     cdef int n = read_args("custom_4d", args, c.GGML_MAX_SRC - 1, pointers)
     read_ne(dims, "custom_4d", ne)
     if dims[0] % c.ggml_blck_size(t):
-        raise bad_shape("custom_4d", f"ne0 = {dims[0]} is not a multiple of the type's block size", [])
+        raise bad_shape("custom_4d", f"ne0 = {dims[0]} is not a multiple of the type's block size", ())
     cdef Callback callback = prepare("custom_4d", ctx, fun, n_tasks, args)
     cdef Tensor out = ctx.wrap(c.ggml_custom_4d(ctx.room(1), t, dims[0], dims[1], dims[2], dims[3], pointers, n,
                                                 <c.ggml_custom_op_t> call_back, n_tasks, <void *> callback))

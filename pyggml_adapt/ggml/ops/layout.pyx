@@ -42,13 +42,13 @@ cdef int check_conversion(str op, Tensor a, c.ggml_type type, operands) except -
 
 def dup(Context ctx not None, Tensor a not None):
     """Return a contiguous copy of a, of any type, shape of a.  Wraps: ggml_dup."""
-    check_count("dup", a, a.ptr().type, [("a", a)])
+    check_count("dup", a, a.ptr().type, ("a", a))
     return result(ctx, c.ggml_dup(ctx.room(1), a.ptr()), a)
 
 
 def dup_inplace(Context ctx not None, Tensor a not None):
     """Return a view of a, which is copied onto itself: it stays as it is.  Wraps: ggml_dup_inplace."""
-    check_count("dup_inplace", a, a.ptr().type, [("a", a)])
+    check_count("dup_inplace", a, a.ptr().type, ("a", a))
     return result(ctx, c.ggml_dup_inplace(ctx.room(1), a.ptr()), a)
 
 
@@ -62,7 +62,7 @@ def cpy(Context ctx not None, Tensor a not None, Tensor b not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if c.ggml_nelements(pa) != c.ggml_nelements(pb):
         raise bad_shape("cpy", "the numbers of elements differ", operands)
     check_conversion("cpy", a, pb.type, operands)
@@ -98,7 +98,7 @@ def cast(Context ctx not None, Tensor a not None, type):
     Wraps: ggml_cast.
     """
     cdef c.ggml_type t = type_of(type)
-    check_conversion("cast", a, t, [("a", a)])
+    check_conversion("cast", a, t, ("a", a))
     check_blocks("cast", t, a.ptr().ne[0], a)
     return result(ctx, c.ggml_cast(ctx.room(1), a.ptr(), t), a)
 
@@ -107,7 +107,7 @@ cdef int fill(int64_t * dims, str op, Tensor a, tuple ne) except -1:
     """Fill dims from ne, padded with ones, and check that it holds as many elements as a."""
     read_ne(dims, op, ne)
     if dims[0] * dims[1] * dims[2] * dims[3] != c.ggml_nelements(a.ptr()):
-        raise bad_shape(op, f"{list(ne)} has another number of elements", [("a", a)])
+        raise bad_shape(op, f"{list(ne)} has another number of elements", ("a", a))
     return check_blocks(op, a.ptr().type, dims[0], a)
 
 
@@ -118,12 +118,12 @@ def cont(Context ctx not None, Tensor a not None, *ne):
     Wraps: ggml_cont, ggml_cont_1d, ggml_cont_2d, ggml_cont_3d, ggml_cont_4d.
     """
     cdef int64_t d[4]
-    check_count("cont", a, a.ptr().type, [("a", a)])
+    check_count("cont", a, a.ptr().type, ("a", a))
     if not ne:
         return result(ctx, c.ggml_cont(ctx.room(1), a.ptr()), a)
     fill(d, "cont", a, ne)
     if c.ggml_blck_size(a.ptr().type) > 1 and not c.ggml_is_contiguous(a.ptr()):
-        raise bad_shape("cont", "a quantised a must be contiguous if its shape changes", [("a", a)])
+        raise bad_shape("cont", "a quantised a must be contiguous if its shape changes", ("a", a))
     return result(ctx, c.ggml_cont_4d(ctx.room(1), a.ptr(), d[0], d[1], d[2], d[3]), a)
 
 
@@ -138,7 +138,7 @@ def reshape(Context ctx not None, Tensor a not None, *ne):
         ne = (<Tensor> ne[0]).ne
     fill(d, "reshape", a, ne)
     if not c.ggml_is_contiguous(a.ptr()):
-        raise bad_shape("reshape", "a must be contiguous", [("a", a)])
+        raise bad_shape("reshape", "a must be contiguous", ("a", a))
     return result(ctx, c.ggml_reshape_4d(ctx.room(1), a.ptr(), d[0], d[1], d[2], d[3]), a)
 
 
@@ -165,28 +165,29 @@ def view(Context ctx not None, Tensor a not None, ne, nb=(), size_t offset=0):
     cdef int64_t d[4]
     cdef size_t s[4]
     cdef size_t end
-    cdef int i, n_strides = len(nb)
+    cdef tuple strides = <tuple> nb if type(nb) is tuple else tuple(nb)
+    cdef int i, n_strides = len(strides)
     read_ne(d, "view", ne)
     if n_strides > 3 or d[0] * d[1] * d[2] * d[3] == 0:
-        raise bad_shape("view", f"impossible shape {list(ne)} or strides {list(nb)}", [("a", a)])
+        raise bad_shape("view", f"impossible shape {list(ne)} or strides {list(nb)}", ("a", a))
     check_blocks("view", pa.type, d[0], a)
     s[0] = c.ggml_type_size(pa.type)
     end = c.ggml_row_size(pa.type, d[0])
     for i in range(1, 4):
         if i <= n_strides:
-            s[i] = nb[i - 1]
+            s[i] = strides[i - 1]
         else:
             s[i] = end if i == 1 else s[i - 1] * d[i - 1]
         if s[i] % s[0] or s[i] > (<size_t> 1 << 44) or <size_t> d[i] > (<size_t> 1 << 60) // (s[i] if s[i] else 1):
-            raise bad_shape("view", f"impossible strides {list(nb)}", [("a", a)])
+            raise bad_shape("view", f"impossible strides {list(nb)}", ("a", a))
     for i in range(1, 4):
         end += (d[i] - 1) * s[i]
     cdef size_t room = c.ggml_nbytes(pa)
     cdef size_t packed = c.ggml_row_size(pa.type, d[0]) * d[1] * d[2] * d[3]
     if offset > room or end > room - offset or packed > room - offset:
-        raise bad_shape("view", f"{list(ne)} with strides {list(nb)} at byte {offset} leaves a", [("a", a)])
+        raise bad_shape("view", f"{list(ne)} with strides {list(nb)} at byte {offset} leaves a", ("a", a))
     if offset % s[0]:
-        raise bad_shape("view", f"byte {offset} is inside an element or block", [("a", a)])
+        raise bad_shape("view", f"byte {offset} is inside an element or block", ("a", a))
     return result(ctx, c.ggml_view_4d(ctx.room(1), pa, d[0], d[1], d[2], d[3], s[1], s[2], s[3], offset), a)
 
 
@@ -200,12 +201,12 @@ def permute(Context ctx not None, Tensor a not None, int axis0, int axis1, int a
     if not in_range or 1 << axis0 | 1 << axis1 | 1 << axis2 | 1 << axis3 != 15:
         raise bad_value("permute", f"{axis0}, {axis1}, {axis2}, {axis3} is not a permutation of 0, 1, 2, 3")
     if axis0 != 0 and c.ggml_blck_size(a.ptr().type) > 1:
-        raise bad_shape("permute", "the rows of a quantised a must stay", [("a", a)])
+        raise bad_shape("permute", "the rows of a quantised a must stay", ("a", a))
     return result(ctx, c.ggml_permute(ctx.room(1), a.ptr(), axis0, axis1, axis2, axis3), a)
 
 
 def transpose(Context ctx not None, Tensor a not None):
     """Return a view of a, which must not be quantised, with ne0 and ne1 exchanged.  Wraps: ggml_transpose."""
     if c.ggml_blck_size(a.ptr().type) > 1:
-        raise bad_shape("transpose", "the rows of a quantised a must stay", [("a", a)])
+        raise bad_shape("transpose", "the rows of a quantised a must stay", ("a", a))
     return result(ctx, c.ggml_transpose(ctx.room(1), a.ptr()), a)

@@ -7,7 +7,7 @@ from pyggml_adapt.ggml.ops.checks cimport bad_shape, bad_type, bad_value, check_
 
 cdef int check_pair(str op, str name_a, Tensor a, str name_b, Tensor b) except -1:
     """Check logits and what they should be: F32 in one shape, rows at one distance, not empty."""
-    operands = [(name_a, a), (name_b, b)]
+    operands = (name_a, a, name_b, b)
     check_even_rows(op, a)
     check_even_rows(op, b)
     if not c.ggml_are_same_shape(a.ptr(), b.ptr()):
@@ -35,7 +35,7 @@ def cross_entropy_loss_back(Context ctx not None, Tensor a not None, Tensor b no
     Raises: ShapeError if shapes differ or are empty, or a is not one number.
     Wraps: ggml_cross_entropy_loss_back.
     """
-    operands = [("a", a), ("b", b), ("c", c_)]
+    operands = ("a", a, "b", b, "c", c_)
     check_pair("cross_entropy_loss_back", "b", b, "c", c_)
     if a.ptr().type != c.GGML_TYPE_F32:
         raise bad_type("cross_entropy_loss_back", "a must be F32", operands)
@@ -54,7 +54,7 @@ cdef int check_step(str op, Tensor a, operands, Tensor params, int n_params) exc
     cdef int i
     if not pa.flags & c.GGML_TENSOR_FLAG_PARAM:
         raise bad_value(op, f"tensor {a.name!r} is not a parameter: set_param() makes it one")
-    for _, each in operands:
+    for each in operands[1::2]:
         t = (<Tensor> each).ptr()
         if t.type != c.GGML_TYPE_F32:
             raise bad_type(op, "all must be F32", operands)
@@ -66,9 +66,9 @@ cdef int check_step(str op, Tensor a, operands, Tensor params, int n_params) exc
     if not has_rows(pa) or not fits(pa):
         raise bad_shape(op, "the rows of a must be contiguous, and not too many", operands)
     if pp.type != c.GGML_TYPE_F32:
-        raise bad_type(op, "params must be F32", [("params", params)])
+        raise bad_type(op, "params must be F32", ("params", params))
     if pp.ne[0] != n_params or c.ggml_nelements(pp) != n_params or not has_rows(pp):
-        raise bad_shape(op, f"params must be {n_params} contiguous numbers", [("params", params)])
+        raise bad_shape(op, f"params must be {n_params} contiguous numbers", ("params", params))
     return 0
 
 
@@ -81,7 +81,7 @@ def opt_step_adamw(Context ctx not None, Tensor a not None, Tensor grad not None
     Raises: ShapeError if a is not a parameter, or shapes or strides differ.
     Wraps: ggml_opt_step_adamw.
     """
-    check_step("opt_step_adamw", a, [("a", a), ("grad", grad), ("m", m), ("v", v)], adamw_params, 7)
+    check_step("opt_step_adamw", a, ("a", a, "grad", grad, "m", m, "v", v), adamw_params, 7)
     return result(ctx, c.ggml_opt_step_adamw(ctx.room(1), a.ptr(), grad.ptr(), m.ptr(), v.ptr(), adamw_params.ptr()),
                   a, grad, m, v, adamw_params)
 
@@ -93,5 +93,5 @@ def opt_step_sgd(Context ctx not None, Tensor a not None, Tensor grad not None, 
     Raises: ShapeError if a is not a parameter, or shapes or strides differ.
     Wraps: ggml_opt_step_sgd.
     """
-    check_step("opt_step_sgd", a, [("a", a), ("grad", grad)], sgd_params, 2)
+    check_step("opt_step_sgd", a, ("a", a, "grad", grad), sgd_params, 2)
     return result(ctx, c.ggml_opt_step_sgd(ctx.room(1), a.ptr(), grad.ptr(), sgd_params.ptr()), a, grad, sgd_params)

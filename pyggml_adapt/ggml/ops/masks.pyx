@@ -15,8 +15,8 @@ def diag(Context ctx not None, Tensor a not None):
     cdef c.ggml_tensor * pa = a.ptr()
     check_rows("diag", a)
     if pa.ne[1] != 1 or not fits(pa):
-        raise bad_shape("diag", "a must have one row in each matrix, and dimensions that fit in an int", [("a", a)])
-    check_size("diag", <double> pa.ne[0] * c.ggml_nelements(pa), [("a", a)])
+        raise bad_shape("diag", "a must have one row in each matrix, and dimensions that fit in an int", ("a", a))
+    check_size("diag", <double> pa.ne[0] * c.ggml_nelements(pa), ("a", a))
     return result(ctx, c.ggml_diag(ctx.room(1), pa), a)
 
 
@@ -26,11 +26,11 @@ cdef int check_mask(str op, Tensor a, int n_past, bint inplace) except -1:
     if n_past < 0:
         raise bad_value(op, f"n_past {n_past} is negative")
     if not fits(pa) or pa.ne[0] + pa.ne[1] > MAX_INT:
-        raise bad_shape(op, "a dimension is too large", [("a", a)])
+        raise bad_shape(op, "a dimension is too large", ("a", a))
     if not inplace and not c.ggml_is_contiguous(pa):
-        raise bad_shape(op, "a must be contiguous", [("a", a)])
+        raise bad_shape(op, "a must be contiguous", ("a", a))
     if inplace and pa.ne[3] > 1 and pa.nb[3] != pa.nb[2] * pa.ne[2]:  # the kernel counts matrices, nb2 apart
-        raise bad_shape(op, "the matrices of a must lie at one distance", [("a", a)])
+        raise bad_shape(op, "the matrices of a must lie at one distance", ("a", a))
     return 0
 
 
@@ -89,5 +89,5 @@ def tri(Context ctx not None, Tensor a not None, int type):
                     c.GGML_TRI_TYPE_LOWER):
         raise bad_value("tri", f"{type} is not a TriType")
     if pa.ne[0] != pa.ne[1] or not c.ggml_is_contiguous(pa) or not fits(pa):
-        raise bad_shape("tri", "a must be square matrices, contiguous", [("a", a)])
+        raise bad_shape("tri", "a must be square matrices, contiguous", ("a", a))
     return result(ctx, c.ggml_tri(ctx.room(1), pa, <c.ggml_tri_type> type), a)

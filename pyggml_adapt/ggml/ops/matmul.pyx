@@ -23,7 +23,7 @@ def mul_mat(Context ctx not None, Tensor a not None, Tensor b not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_weights("mul_mat", pa, pb, operands)
     if pa.ne[2] == 0 or pa.ne[3] == 0 or pb.ne[2] % pa.ne[2] or pb.ne[3] % pa.ne[3]:
         raise bad_shape("mul_mat", "b is not a multiple of a in ne2 and ne3", operands)
@@ -82,7 +82,7 @@ def mul_mat_set_hint(Tensor a not None, int hint):
         if n != pa.ne[0] or n < 1 or n & (n - 1):
             raise bad_value("mul_mat_set_hint", f"{[n, pa.ne[0]]} is not square with a power of two rows")
         if not is_float(pa.src[1]):
-            raise bad_type("mul_mat_set_hint", "the second operand of mul_mat must be F32 or F16", [("result", a)])
+            raise bad_type("mul_mat_set_hint", "the second operand of mul_mat must be F32 or F16", ("result", a))
     c.ggml_mul_mat_set_hint(pa, <c.ggml_op_hint> hint)
     return a
 
@@ -99,7 +99,7 @@ def mul_mat_id(Context ctx not None, Tensor as_ not None, Tensor b not None, Ten
     cdef c.ggml_tensor * pa = as_.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef c.ggml_tensor * pi = ids.ptr()
-    operands = [("as", as_), ("b", b), ("ids", ids)]
+    operands = ("as", as_, "b", b, "ids", ids)
     check_weights("mul_mat_id", pa, pb, operands)
     if pi.type != c.GGML_TYPE_I32 or not (pb.type == c.GGML_TYPE_F32 or pb.type == pa.type):
         raise bad_type("mul_mat_id", "b must be F32 or of the type of as, ids I32", operands)
@@ -124,7 +124,7 @@ def add_id(Context ctx not None, Tensor a not None, Tensor b not None, Tensor id
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef c.ggml_tensor * pi = ids.ptr()
-    operands = [("a", a), ("b", b), ("ids", ids)]
+    operands = ("a", a, "b", b, "ids", ids)
     if pi.type != c.GGML_TYPE_I32 or pa.type != c.GGML_TYPE_F32 or pb.type != c.GGML_TYPE_F32:
         raise bad_type("add_id", "a and b must be F32, ids I32", operands)
     if (pa.ne[0] != pb.ne[0] or pa.ne[1] != pi.ne[0] or pa.ne[2] != pi.ne[1] or pb.ne[1] == 0
@@ -145,7 +145,7 @@ def out_prod(Context ctx not None, Tensor a not None, Tensor b not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not is_weight(pa) or pa.type == c.GGML_TYPE_BF16 or pb.type != c.GGML_TYPE_F32:
         raise bad_type("out_prod", "a must be F32, F16 or quantised, b F32", operands)
     if (pa.ne[1] != pb.ne[1] or pa.ne[2] == 0 or pa.ne[3] == 0 or pb.ne[2] % pa.ne[2] or pb.ne[3] % pa.ne[3]
@@ -171,7 +171,7 @@ def solve_tri(Context ctx not None, Tensor a not None, Tensor b not None, bint l
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not left or not lower or uni:
         raise bad_value("solve_tri", "ggml solves with lower triangular matrices on the left only, diagonals not ones")
     if pa.type != c.GGML_TYPE_F32 or pb.type != c.GGML_TYPE_F32:

@@ -25,7 +25,7 @@ cdef int check_eps(str op, float eps) except -1:
 cdef Tensor strided(str op, norm_op call, Context ctx, Tensor a, float eps):
     """Return the norm of rows of any strides."""
     if a.ptr().type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a must be F32", [("a", a)])
+        raise bad_type(op, "a must be F32", ("a", a))
     check_counts(op, a)
     check_eps(op, eps)
     return result(ctx, call(ctx.room(1), a.ptr(), eps), a)
@@ -77,11 +77,11 @@ def rms_norm_back(Context ctx not None, Tensor a not None, Tensor b not None, fl
     check_floats("rms_norm_back", a, False, False)
     check_eps("rms_norm_back", eps)
     if pb.type != c.GGML_TYPE_F32:
-        raise bad_type("rms_norm_back", "b must be F32", [("a", a), ("b", b)])
+        raise bad_type("rms_norm_back", "b must be F32", ("a", a, "b", b))
     if not c.ggml_are_same_shape(a.ptr(), pb):
-        raise bad_shape("rms_norm_back", "shapes differ", [("a", a), ("b", b)])
+        raise bad_shape("rms_norm_back", "shapes differ", ("a", a, "b", b))
     if not has_rows(pb):
-        raise bad_shape("rms_norm_back", "the rows of b must be contiguous", [("a", a), ("b", b)])
+        raise bad_shape("rms_norm_back", "the rows of b must be contiguous", ("a", a, "b", b))
     return result(ctx, c.ggml_rms_norm_back(ctx.room(1), a.ptr(), pb, eps), a, b)
 
 
@@ -91,7 +91,7 @@ cdef int check_groups(str op, Tensor a, int n_groups, float eps) except -1:
     cdef int64_t n = a.ptr().ne[2]
     cdef int64_t each = (n + n_groups - 1) // n_groups if n_groups > 0 else 0  # as many as ggml takes
     if n_groups < 1 or n > MAX_INT // 2 or n_groups > 1 and (each == 0 or (n + each - 1) // each != n_groups):
-        raise bad_shape(op, f"ne2 cannot be divided into {n_groups} groups", [("a", a)])
+        raise bad_shape(op, f"ne2 cannot be divided into {n_groups} groups", ("a", a))
     return 0
 
 

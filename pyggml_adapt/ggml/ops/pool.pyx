@@ -41,7 +41,7 @@ def pool_1d(Context ctx not None, Tensor a not None, int op, int k0, int s0, int
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_op_pool kind = op_of("pool_1d", op)
-    operands = [("a", a)]
+    operands = ("a", a)
     if not is_float(pa):
         raise bad_type("pool_1d", "a must be F32 or F16", operands)
     windows("pool_1d", pa.ne[0], k0, s0, p0, operands)
@@ -66,7 +66,7 @@ def pool_2d(Context ctx not None, Tensor a not None, int op, int k0, int k1, int
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_op_pool kind = op_of("pool_2d", op)
-    operands = [("a", a)]
+    operands = ("a", a)
     if not is_float(pa):
         raise bad_type("pool_2d", "a must be F32 or F16", operands)
     windows("pool_2d", pa.ne[0], k0, s0, p0, operands)
@@ -88,7 +88,7 @@ def pool_2d_back(Context ctx not None, Tensor a not None, Tensor af not None, in
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pf = af.ptr()
     cdef c.ggml_op_pool kind = op_of("pool_2d_back", op)
-    operands = [("a", a), ("af", af)]
+    operands = ("a", a, "af", af)
     if pa.type != c.GGML_TYPE_F32 or pf.type != c.GGML_TYPE_F32:
         raise bad_type("pool_2d_back", "a and af must be F32", operands)
     check_window("pool_2d_back", k0, k1)

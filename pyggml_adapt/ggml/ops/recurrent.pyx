@@ -15,7 +15,7 @@ cdef enum:
 
 cdef int check_f32(str op, operands) except -1:
     """Check that all operands are F32 and not too large for ints."""
-    for _, each in operands:
+    for each in operands[1::2]:
         if each is not None and (<Tensor> each).ptr().type != c.GGML_TYPE_F32:
             raise bad_type(op, "all must be F32", operands)
         if each is not None and not fits((<Tensor> each).ptr()):
@@ -26,7 +26,7 @@ cdef int check_f32(str op, operands) except -1:
 cdef int check_packed(str op, operands) except -1:
     """Check that all operands are F32, not empty, and their strides without gaps: the kernels look at none."""
     check_f32(op, operands)
-    for name, each in operands:
+    for name, each in zip(operands[::2], operands[1::2]):
         if c.ggml_nelements((<Tensor> each).ptr()) == 0:
             raise bad_shape(op, f"{name} is empty", operands)
         if not is_packed((<Tensor> each).ptr()):
@@ -48,7 +48,7 @@ def ssm_conv(Context ctx not None, Tensor sx not None, Tensor c_ not None):
     """
     cdef c.ggml_tensor * ps = sx.ptr()
     cdef c.ggml_tensor * pc = c_.ptr()
-    operands = [("sx", sx), ("c", c_)]
+    operands = ("sx", sx, "c", c_)
     check_f32("ssm_conv", operands)
     if pc.ne[0] < 1 or ps.ne[0] < pc.ne[0] - 1 or ps.ne[1] != pc.ne[1] or ps.ne[3] * pc.ne[2] * pc.ne[3] != 1:
         raise bad_shape("ssm_conv", "sx must be [d_conv - 1 + n_t, d_inner, n_s], c [d_conv, d_inner]", operands)
@@ -68,7 +68,7 @@ cdef int check_scan(c.ggml_tensor * s, c.ggml_tensor * x, c.ggml_tensor * dt, c.
         raise bad_type("ssm_scan", "ids must be I32", operands)
     if not 1 <= K <= 0x7FFFFFFF or (K > 1 and A.ne[0] != 1):
         raise bad_value("ssm_scan", f"K = {K} is not from 1 up, or not 1 though A.ne0 is not")
-    for _, each in operands:
+    for each in operands[1::2]:
         if c.ggml_nelements((<Tensor> each).ptr()) == 0:
             raise bad_shape("ssm_scan", "an operand is empty", operands)
     if (not has_shape(dt, n_head, x.ne[2], x.ne[3], 1) or s.ne[1] != x.ne[0] or s.ne[2] != n_head
@@ -99,8 +99,8 @@ def ssm_scan(Context ctx not None, Tensor s not None, Tensor x not None, Tensor 
     Raises: ShapeError if these do not match; s, dt, A and the planes of x, B and C must be contiguous.
     Wraps: ggml_ssm_scan.
     """
-    operands = [("s", s), ("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C), ("ids", ids)]
-    check_f32("ssm_scan", operands[:6])
+    operands = ("s", s, "x", x, "dt", dt, "A", A, "B", B, "C", C, "ids", ids)
+    check_f32("ssm_scan", operands[:12])
     check_scan(s.ptr(), x.ptr(), dt.ptr(), A.ptr(), B.ptr(), C.ptr(), ids.ptr(), K, operands)
     cdef c.ggml_tensor * t = c.ggml_ssm_scan(ctx.room(1), s.ptr(), x.ptr(), dt.ptr(), A.ptr(), B.ptr(), C.ptr(),
                                              ids.ptr(), K)
@@ -110,12 +110,12 @@ def ssm_scan(Context ctx not None, Tensor s not None, Tensor x not None, Tensor 
 
 cdef int check_heads(str op, operands, Tensor state, bint vectorised) except -1:
     """Check operands [S, n_head, n_tokens] in one shape, and a state of S * S * n_head for each sequence."""
-    cdef c.ggml_tensor * first = (<Tensor> operands[0][1]).ptr()
+    cdef c.ggml_tensor * first = (<Tensor> operands[1]).ptr()
     cdef c.ggml_tensor * ps = state.ptr()
     cdef int64_t size = first.ne[0]
-    everything = operands + [("state", state)]
+    everything = operands + ("state", state)
     check_packed(op, everything)
-    for _, each in operands:
+    for each in operands[1::2]:
         if not c.ggml_are_same_shape(first, (<Tensor> each).ptr()) or first.ne[3] != 1:
             raise bad_shape(op, "operands must be [S, n_head, n_tokens], of one shape", everything)
     if <double> size * size * first.ne[1] * ps.ne[1] != <double> c.ggml_nelements(ps) or first.ne[2] % ps.ne[1]:
@@ -134,11 +134,11 @@ def rwkv_wkv6(Context ctx not None, Tensor k not None, Tensor v not None, Tensor
     Raises: ShapeError if these do not match, are empty, or n_tokens is not a multiple of n_seqs.
     Wraps: ggml_rwkv_wkv6.
     """
-    operands = [("k", k), ("v", v), ("r", r), ("td", td)]
+    operands = ("k", k, "v", v, "r", r, "td", td)
     check_heads("rwkv_wkv6", operands, state, False)
-    check_packed("rwkv_wkv6", [("tf", tf)])
+    check_packed("rwkv_wkv6", ("tf", tf))
     if c.ggml_nelements(tf.ptr()) != k.ptr().ne[0] * k.ptr().ne[1]:
-        raise bad_shape("rwkv_wkv6", "tf must be [S, n_head]", operands + [("tf", tf)])
+        raise bad_shape("rwkv_wkv6", "tf must be [S, n_head]", operands + ("tf", tf))
     cdef c.ggml_tensor * t = c.ggml_rwkv_wkv6(ctx.room(1), k.ptr(), v.ptr(), r.ptr(), tf.ptr(), td.ptr(), state.ptr())
     result(ctx, t, k, v, r)
     return result(ctx, t, tf, td, state)
@@ -153,7 +153,7 @@ def rwkv_wkv7(Context ctx not None, Tensor r not None, Tensor w not None, Tensor
     Raises: ShapeError if these do not match, are empty, or n_tokens is not a multiple of n_seqs.
     Wraps: ggml_rwkv_wkv7.
     """
-    check_heads("rwkv_wkv7", [("r", r), ("w", w), ("k", k), ("v", v), ("a", a), ("b", b)], state, True)
+    check_heads("rwkv_wkv7", ("r", r, "w", w, "k", k, "v", v, "a", a, "b", b), state, True)
     cdef c.ggml_tensor * t = c.ggml_rwkv_wkv7(ctx.room(1), r.ptr(), w.ptr(), k.ptr(), v.ptr(), a.ptr(), b.ptr(),
                                               state.ptr())
     result(ctx, t, r, w, k)
@@ -169,7 +169,7 @@ def gated_linear_attn(Context ctx not None, Tensor k not None, Tensor v not None
     Raises: ShapeError if these do not match, are empty, or n_tokens is not a multiple of n_seqs.
     Wraps: ggml_gated_linear_attn.
     """
-    check_heads("gated_linear_attn", [("k", k), ("v", v), ("q", q), ("g", g)], state, False)
+    check_heads("gated_linear_attn", ("k", k, "v", v, "q", q, "g", g), state, False)
     cdef c.ggml_tensor * t = c.ggml_gated_linear_attn(ctx.room(1), k.ptr(), v.ptr(), q.ptr(), g.ptr(), state.ptr(),
                                                       scale)
     return result(ctx, t, k, v, q, g, state)
@@ -179,7 +179,7 @@ cdef int check_delta(c.ggml_tensor * q, c.ggml_tensor * k, c.ggml_tensor * v, c.
                      c.ggml_tensor * state, int64_t K, operands) except -1:
     cdef int64_t size = v.ne[0]
     cdef int64_t n_head = v.ne[1]
-    for _, each in operands:
+    for each in operands[1::2]:
         if c.ggml_nelements((<Tensor> each).ptr()) == 0:
             raise bad_shape("gated_delta_net", "an operand is empty", operands)
     if not 1 <= K <= 0x7FFFFFFF:
@@ -211,7 +211,7 @@ def gated_delta_net(Context ctx not None, Tensor q not None, Tensor k not None, 
     Raises: ShapeError if these do not match; rows of q, k and v, all of the others must be contiguous.
     Wraps: ggml_gated_delta_net.
     """
-    operands = [("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("state", state)]
+    operands = ("q", q, "k", k, "v", v, "g", g, "beta", beta, "state", state)
     check_f32("gated_delta_net", operands)
     check_delta(q.ptr(), k.ptr(), v.ptr(), g.ptr(), beta.ptr(), state.ptr(), K, operands)
     cdef c.ggml_tensor * t = c.ggml_gated_delta_net(ctx.room(1), q.ptr(), k.ptr(), v.ptr(), g.ptr(), beta.ptr(),
@@ -229,7 +229,7 @@ def dsv4_hc_comb(Context ctx not None, Tensor mixes not None, Tensor scale not N
     Raises: ShapeError if these do not match, or n_iter is not from 1 to 65536.
     Wraps: ggml_dsv4_hc_comb.
     """
-    operands = [("mixes", mixes), ("scale", scale), ("base", base)]
+    operands = ("mixes", mixes, "scale", scale, "base", base)
     cdef c.ggml_tensor * ps = scale.ptr()
     check_f32("dsv4_hc_comb", operands)
     if not 1 <= n_iter <= MAX_ITERATIONS:
@@ -249,7 +249,7 @@ def dsv4_hc_pre(Context ctx not None, Tensor x not None, Tensor weights not None
     Wraps: ggml_dsv4_hc_pre.
     """
     cdef c.ggml_tensor * px = x.ptr()
-    operands = [("x", x), ("weights", weights)]
+    operands = ("x", x, "weights", weights)
     check_f32("dsv4_hc_pre", operands)
     if px.ne[1] < 1 or px.ne[3] != 1 or not has_shape(weights.ptr(), px.ne[1], px.ne[2], 1, 1):
         raise bad_shape("dsv4_hc_pre", "x must be [n_embd, n_streams, n_tokens], weights [n_streams, n_tokens]",
@@ -265,7 +265,7 @@ def dsv4_hc_pre_gated(Context ctx not None, Tensor x not None, Tensor gate not N
     Wraps: ggml_dsv4_hc_pre_gated.
     """
     cdef c.ggml_tensor * px = x.ptr()
-    operands = [("x", x), ("gate", gate)]
+    operands = ("x", x, "gate", gate)
     check_f32("dsv4_hc_pre_gated", operands)
     if px.ne[1] < 1 or px.ne[3] != 1 or not c.ggml_are_same_shape(px, gate.ptr()):
         raise bad_shape("dsv4_hc_pre_gated", "x and gate must be [n_embd, n_streams, n_tokens]", operands)
@@ -283,7 +283,7 @@ def dsv4_hc_post(Context ctx not None, Tensor x not None, Tensor residual not No
     cdef c.ggml_tensor * pr = residual.ptr()
     cdef c.ggml_tensor * pc = NULL
     cdef int64_t n = pr.ne[1]
-    operands = [("x", x), ("residual", residual), ("post", post), ("comb", comb)]
+    operands = ("x", x, "residual", residual, "post", post, "comb", comb)
     check_f32("dsv4_hc_post", operands)
     if comb is not None:
         pc = comb.ptr()

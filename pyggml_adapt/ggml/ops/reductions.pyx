@@ -45,7 +45,7 @@ def argmax(Context ctx not None, Tensor a not None):
     cdef c.ggml_tensor * pa = a.ptr()
     check_floats("argmax", a, False, False)
     if pa.ne[0] == 0 or pa.ne[2] != 1 or pa.ne[3] != 1:
-        raise bad_shape("argmax", "a must be a matrix with at least one column", [("a", a)])
+        raise bad_shape("argmax", "a must be a matrix with at least one column", ("a", a))
     return result(ctx, c.ggml_argmax(ctx.room(1), pa), a)
 
 
@@ -58,7 +58,7 @@ def count_equal(Context ctx not None, Tensor a not None, Tensor b not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if pa.type != c.GGML_TYPE_I32 or pb.type != c.GGML_TYPE_I32:
         raise bad_type("count_equal", "a and b must be I32", operands)
     if not c.ggml_are_same_shape(pa, pb):
@@ -84,7 +84,7 @@ def argsort(Context ctx not None, Tensor a not None, int order):
 cdef int check_k(str op, Tensor a, int k) except -1:
     check_even_floats(op, a, False, False)
     if not 1 <= k <= a.ptr().ne[0]:
-        raise bad_shape(op, f"k = {k} is not from 1 to ne0", [("a", a)])
+        raise bad_shape(op, f"k = {k} is not from 1 to ne0", ("a", a))
     return 0
 
 

@@ -22,7 +22,7 @@ def concat(Context ctx not None, Tensor a not None, Tensor b not None, int dim):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not 0 <= dim < c.GGML_MAX_DIMS:
         raise bad_value("concat", f"dim {dim} is not 0 to 3")
     if pa.type != pb.type:
@@ -62,7 +62,7 @@ def repeat(Context ctx not None, Tensor a not None, Tensor b not None):
     Wraps: ggml_repeat.
     """
     cdef c.ggml_tensor * pb = b.ptr()
-    check_repeat("repeat", a, pb.ne, b.ne, [("a", a), ("b", b)])
+    check_repeat("repeat", a, pb.ne, b.ne, ("a", a, "b", b))
     return result(ctx, c.ggml_repeat(ctx.room(1), a.ptr(), pb), a)
 
 
@@ -76,7 +76,7 @@ def repeat_4d(Context ctx not None, Tensor a not None, ne0, ne1, ne2, ne3):
     cdef int64_t d[4]
     ne = (ne0, ne1, ne2, ne3)
     read_ne(d, "repeat_4d", ne)
-    check_repeat("repeat_4d", a, d, ne, [("a", a)])
+    check_repeat("repeat_4d", a, d, ne, ("a", a))
     return result(ctx, c.ggml_repeat_4d(ctx.room(1), a.ptr(), d[0], d[1], d[2], d[3]), a)
 
 
@@ -89,7 +89,7 @@ def repeat_back(Context ctx not None, Tensor a not None, Tensor b not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     check_rows("repeat_back", a)
     if not c.ggml_can_repeat(pb, pa):
         raise bad_shape("repeat_back", "a is not a multiple of b", operands)
@@ -104,16 +104,16 @@ cdef int check_pad(str op, Tensor a, tuple p, bint circular) except -1:
     cdef double size = 1
     cdef int i
     if pa.type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a must be F32", [("a", a)])
+        raise bad_type(op, "a must be F32", ("a", a))
     if min(p) < 0:
-        raise bad_shape(op, f"cannot add {min(p)} elements", [("a", a)])
+        raise bad_shape(op, f"cannot add {min(p)} elements", ("a", a))
     for i in range(4):
         size *= <double> pa.ne[i] + <double> p[2 * i] + <double> p[2 * i + 1]
         if circular and pa.ne[i] == 0:
-            raise bad_shape(op, "a is empty", [("a", a)])
+            raise bad_shape(op, "a is empty", ("a", a))
         if circular and p[2 * i] > pa.ne[i]:  # the kernel adds ne only once before it takes the remainder
-            raise bad_shape(op, f"{p[2 * i]} elements before a are more than ne{i}", [("a", a)])
-    return check_size(op, size, [("a", a)])
+            raise bad_shape(op, f"{p[2 * i]} elements before a are more than ne{i}", ("a", a))
+    return check_size(op, size, ("a", a))
 
 
 def pad(Context ctx not None, Tensor a not None, int p0, int p1, int p2, int p3):
@@ -172,10 +172,10 @@ def pad_reflect_1d(Context ctx not None, Tensor a not None, int p0, int p1):
     cdef c.ggml_tensor * pa = a.ptr()
     check_rows("pad_reflect_1d", a)
     if not c.ggml_is_contiguous(pa) or not fits(pa):
-        raise bad_shape("pad_reflect_1d", "a must be contiguous", [("a", a)])
+        raise bad_shape("pad_reflect_1d", "a must be contiguous", ("a", a))
     if not (0 <= p0 < pa.ne[0] and 0 <= p1 < pa.ne[0]):
-        raise bad_shape("pad_reflect_1d", f"{p0} and {p1} are not from 0 to ne0 - 1", [("a", a)])
-    check_size("pad_reflect_1d", 3.0 * c.ggml_nelements(pa), [("a", a)])
+        raise bad_shape("pad_reflect_1d", f"{p0} and {p1} are not from 0 to ne0 - 1", ("a", a))
+    check_size("pad_reflect_1d", 3.0 * c.ggml_nelements(pa), ("a", a))
     return result(ctx, c.ggml_pad_reflect_1d(ctx.room(1), pa, p0, p1), a)
 
 
@@ -191,9 +191,9 @@ def roll(Context ctx not None, Tensor a not None, int shift0, int shift1, int sh
     check_rows("roll", a)
     for i in range(4):
         if not -pa.ne[i] < shifts[i] < pa.ne[i]:
-            raise bad_shape("roll", f"a shift of {list(shifts)} is not less than ne{i}", [("a", a)])
+            raise bad_shape("roll", f"a shift of {list(shifts)} is not less than ne{i}", ("a", a))
     if not fits(pa):
-        raise bad_shape("roll", "a dimension is too large", [("a", a)])
+        raise bad_shape("roll", "a dimension is too large", ("a", a))
     return result(ctx, c.ggml_roll(ctx.room(1), pa, shift0, shift1, shift2, shift3), a)
 
 
@@ -202,7 +202,7 @@ cdef int check_scaling(str op, Tensor a, int64_t * d, uint32_t mode) except -1:
     cdef c.ggml_tensor * pa = a.ptr()
     cdef uint32_t base = mode & 0xFF
     if pa.type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a must be F32", [("a", a)])
+        raise bad_type(op, "a must be F32", ("a", a))
     if (base not in (c.GGML_SCALE_MODE_NEAREST, c.GGML_SCALE_MODE_BILINEAR, c.GGML_SCALE_MODE_BICUBIC)
             or mode & ~<uint32_t> (0xFF | c.GGML_SCALE_FLAG_ALIGN_CORNERS | c.GGML_SCALE_FLAG_ANTIALIAS)):
         raise bad_value(op, f"mode {mode} is not a ScaleMode with ScaleFlags")
@@ -214,8 +214,8 @@ cdef int check_scaling(str op, Tensor a, int64_t * d, uint32_t mode) except -1:
         raise bad_value(op, "ScaleFlag.ALIGN_CORNERS needs ScaleMode.BILINEAR or BICUBIC alone")
     for i in range(4):
         if pa.ne[i] == 0 or pa.ne[i] > MAX_SCALED or d[i] > MAX_SCALED:
-            raise bad_shape(op, f"dimensions must be 1 to {MAX_SCALED}, not {[d[0], d[1], d[2], d[3]]}", [("a", a)])
-    return check_size(op, <double> d[0] * d[1] * d[2] * d[3], [("a", a)])
+            raise bad_shape(op, f"dimensions must be 1 to {MAX_SCALED}, not {[d[0], d[1], d[2], d[3]]}", ("a", a))
+    return check_size(op, <double> d[0] * d[1] * d[2] * d[3], ("a", a))
 
 
 def upscale(Context ctx not None, Tensor a not None, int scale_factor, int mode):
@@ -259,7 +259,7 @@ def timestep_embedding(Context ctx not None, Tensor timesteps not None, int dim,
     """
     cdef c.ggml_tensor * pt = timesteps.ptr()
     check_rows("timestep_embedding", timesteps)
-    operands = [("timesteps", timesteps)]
+    operands = ("timesteps", timesteps)
     if dim < 1 or max_period < 1:
         raise bad_value("timestep_embedding", f"dim {dim} or max_period {max_period} is less than 1")
     if pt.ne[1] * pt.ne[2] * pt.ne[3] != 1:

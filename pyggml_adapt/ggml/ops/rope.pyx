@@ -23,7 +23,7 @@ cdef int check_rope(str op, Tensor a, Tensor pos, Tensor freq_factors, int n_dim
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pp = pos.ptr()
     cdef c.ggml_tensor * pf
-    operands = [("a", a), ("pos", pos), ("freq_factors", freq_factors)]
+    operands = ("a", a, "pos", pos, "freq_factors", freq_factors)
     if not is_float(pa):
         raise bad_type(op, "a must be F32 or F16", operands)
     if pp.type != c.GGML_TYPE_I32:
@@ -102,7 +102,7 @@ cdef Tensor multi(str op, multi_op call, Context ctx, Tensor a, Tensor pos, Tens
     else:
         dims[0] = dims[1] = dims[2] = dims[3] = 0
     if mode == c.GGML_ROPE_TYPE_VISION and n_dims * 2 != ne0:
-        raise bad_shape(op, f"n_dims = {n_dims} is not half of ne0, as RopeType.VISION needs", [("a", a)])
+        raise bad_shape(op, f"n_dims = {n_dims} is not half of ne0, as RopeType.VISION needs", ("a", a))
     if mode == c.GGML_ROPE_TYPE_VISION and (dims[0] == 0 or (dims[1] == 0 and dims[2] + dims[3])
                                             or (dims[2] == 0 and dims[3])):
         # the kernel starts a section again where the one before ends, and takes only one of those that begin there
@@ -232,6 +232,6 @@ def rope_set_offset(Tensor a not None, int n_offs):
     if pa.op_params[2] == c.GGML_ROPE_TYPE_VISION:
         raise bad_value("rope_set_offset", "RopeType.VISION rotates all elements")
     if n_offs < 0 or n_offs % 2 or n_offs > pa.ne[0] - pa.op_params[1]:
-        raise bad_shape("rope_set_offset", f"n_offs = {n_offs} is not an even number up to ne0 - n_dims", [("a", a)])
+        raise bad_shape("rope_set_offset", f"n_offs = {n_offs} is not an even number up to ne0 - n_dims", ("a", a))
     c.ggml_rope_set_offset(pa, n_offs)
     return a

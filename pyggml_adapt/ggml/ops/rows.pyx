@@ -20,7 +20,7 @@ def get_rows(Context ctx not None, Tensor a not None, Tensor ids not None):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pi = ids.ptr()
-    operands = [("a", a), ("ids", ids)]
+    operands = ("a", a, "ids", ids)
     if pi.type != c.GGML_TYPE_I32 or not (is_weight(pa) or pa.type == c.GGML_TYPE_I32):
         raise bad_type("get_rows", "a must be of a floating-point or quantised type or I32, ids I32", operands)
     if pa.ne[2] != pi.ne[1] or pa.ne[3] != pi.ne[2] or pi.ne[3] != 1:
@@ -46,7 +46,7 @@ def get_rows_back(Context ctx not None, Tensor a not None, Tensor b not None, Te
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef c.ggml_tensor * pc = c_.ptr()
-    operands = [("a", a), ("b", b), ("c", c_)]
+    operands = ("a", a, "b", b, "c", c_)
     if not is_float(pa) or pb.type != c.GGML_TYPE_I32:
         raise bad_type("get_rows_back", "a must be F32 or F16, b I32", operands)
     if pa.ne[2] * pa.ne[3] != 1 or pc.ne[2] * pc.ne[3] != 1 or pb.ne[1] * pb.ne[2] * pb.ne[3] != 1:
@@ -74,7 +74,7 @@ def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor 
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * pb = b.ptr()
     cdef c.ggml_tensor * pi = ids.ptr()
-    operands = [("a", a), ("b", b), ("ids", ids)]
+    operands = ("a", a, "b", b, "ids", ids)
     if not is_float(pb) or not (pi.type == c.GGML_TYPE_I64 or pi.type == c.GGML_TYPE_I32):
         raise bad_type("set_rows", "b must be F32 or F16, ids I64 or I32", operands)
     if not (is_writable(pa.type) or pa.type == c.GGML_TYPE_I32):
@@ -97,7 +97,7 @@ cdef int check_region(str op, Tensor a, Tensor b, size_t nb1, size_t nb2, size_t
     cdef size_t end
     cdef int i
     nb[0], nb[1], nb[2], nb[3] = 4, nb1, nb2, nb3
-    operands = [("a", a), ("b", b)]
+    operands = ("a", a, "b", b)
     if not c.ggml_is_contiguous(pa) or not has_rows(pb):
         raise bad_shape(op, "a must be contiguous, and so the rows of b", operands)
     if not fits(pb):
@@ -120,7 +120,7 @@ cdef int check_region(str op, Tensor a, Tensor b, size_t nb1, size_t nb2, size_t
 cdef int check_set(str op, Tensor a, Tensor b, size_t nb1, size_t nb2, size_t nb3, size_t offset) except -1:
     cdef c.ggml_type type = a.ptr().type
     if not (type == c.GGML_TYPE_F32 or type == c.GGML_TYPE_I32) or b.ptr().type != type:
-        raise bad_type(op, "a and b must both be F32 or both I32", [("a", a), ("b", b)])
+        raise bad_type(op, "a and b must both be F32 or both I32", ("a", a, "b", b))
     return check_region(op, a, b, nb1, nb2, nb3, offset, False)
 
 
@@ -192,7 +192,7 @@ def set_2d_inplace(Context ctx not None, Tensor a not None, Tensor b not None, s
 
 cdef int check_acc(str op, Tensor a, Tensor b, size_t nb1, size_t nb2, size_t nb3, size_t offset) except -1:
     if a.ptr().type != c.GGML_TYPE_F32 or b.ptr().type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a and b must be F32", [("a", a), ("b", b)])
+        raise bad_type(op, "a and b must be F32", ("a", a, "b", b))
     # threads add rows without waiting for each other, so a sum into one place twice could be lost
     return check_region(op, a, b, nb1, nb2, nb3, offset, True)
 

@@ -11,9 +11,9 @@ cdef int check_image(str op, Tensor a) except -1:
     """Check that a is F32 and contiguous: kernels walk through it without looking at strides."""
     cdef c.ggml_tensor * pa = a.ptr()
     if pa.type != c.GGML_TYPE_F32:
-        raise bad_type(op, "a must be F32", [("a", a)])
+        raise bad_type(op, "a must be F32", ("a", a))
     if not c.ggml_is_contiguous(pa) or not fits(pa):
-        raise bad_shape(op, "a must be contiguous", [("a", a)])
+        raise bad_shape(op, "a must be contiguous", ("a", a))
     return 0
 
 
@@ -29,11 +29,11 @@ def win_part(Context ctx not None, Tensor a not None, int w):
     if w < 1:
         raise bad_value("win_part", f"w {w} is less than 1")
     if pa.ne[3] != 1:
-        raise bad_shape("win_part", "a must have three dimensions", [("a", a)])
+        raise bad_shape("win_part", "a must have three dimensions", ("a", a))
     cdef double n_windows = ((pa.ne[1] + w - 1) // w) * <double> ((pa.ne[2] + w - 1) // w)
     if n_windows > MAX_INT or pa.ne[1] + w > MAX_INT or pa.ne[2] + w > MAX_INT:
-        raise bad_shape("win_part", f"too many or too large windows of {w}", [("a", a)])
-    check_size("win_part", n_windows * w * w * pa.ne[0], [("a", a)])
+        raise bad_shape("win_part", f"too many or too large windows of {w}", ("a", a))
+    check_size("win_part", n_windows * w * w * pa.ne[0], ("a", a))
     return result(ctx, c.ggml_win_part(ctx.room(1), pa, w), a)
 
 
@@ -51,7 +51,7 @@ def win_unpart(Context ctx not None, Tensor a not None, int w0, int h0, int w):
     cdef int64_t n_windows = ((<int64_t> w0 + w - 1) // w) * ((<int64_t> h0 + w - 1) // w)
     if (pa.ne[1] != w or pa.ne[2] != w or pa.ne[3] != n_windows or <int64_t> w0 + w > MAX_INT
             or <int64_t> h0 + w > MAX_INT):
-        raise bad_shape("win_unpart", f"a is not {n_windows} windows of {w} times {w}", [("a", a)])
+        raise bad_shape("win_unpart", f"a is not {n_windows} windows of {w} times {w}", ("a", a))
     return result(ctx, c.ggml_win_unpart(ctx.room(1), pa, w0, h0, w), a)
 
 
@@ -64,19 +64,19 @@ def get_rel_pos(Context ctx not None, Tensor a not None, int qh, int kh):
     """
     cdef c.ggml_tensor * pa = a.ptr()
     if pa.type != c.GGML_TYPE_F16:  # the kernel takes BF16 too, and calls its bits F16
-        raise bad_type("get_rel_pos", "a must be F16", [("a", a)])
+        raise bad_type("get_rel_pos", "a must be F16", ("a", a))
     if qh < 1 or qh != kh:
         raise bad_value("get_rel_pos", f"qh {qh} and kh {kh} must be one number from 1 up")
     if pa.ne[1] != 2 * <int64_t> qh - 1 or pa.ne[2] * pa.ne[3] != 1 or not c.ggml_is_contiguous(pa):
-        raise bad_shape("get_rel_pos", f"a must be contiguous, with {2 * <int64_t> qh - 1} rows", [("a", a)])
-    check_size("get_rel_pos", <double> pa.ne[0] * kh * qh, [("a", a)])
+        raise bad_shape("get_rel_pos", f"a must be contiguous, with {2 * <int64_t> qh - 1} rows", ("a", a))
+    check_size("get_rel_pos", <double> pa.ne[0] * kh * qh, ("a", a))
     return result(ctx, c.ggml_get_rel_pos(ctx.room(1), pa, qh, kh), a)
 
 
 cdef int check_rel_pos(str op, Tensor a, Tensor pw, Tensor ph) except -1:
     cdef c.ggml_tensor * pa = a.ptr()
     cdef c.ggml_tensor * p = pw.ptr()
-    operands = [("a", a), ("pw", pw), ("ph", ph)]
+    operands = ("a", a, "pw", pw, "ph", ph)
     if pa.type != c.GGML_TYPE_F32 or p.type != c.GGML_TYPE_F32 or ph.ptr().type != c.GGML_TYPE_F32:
         raise bad_type(op, "a, pw and ph must be F32", operands)
     if not (c.ggml_is_contiguous(pa) and c.ggml_is_contiguous(p) and c.ggml_is_contiguous(ph.ptr())):
