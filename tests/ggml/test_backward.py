@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyggml_adapt.errors import AllocError, BackendError, ClosedError, DTypeError, FileAccessError, ShapeError
-from pyggml_adapt.ggml import CGraph, Context, Device, GAllocr, GraphPlan, Type, ops
+from pyggml_adapt.ggml import CGraph, Context, Device, GAllocr, GraphPlan, OpPool, RopeType, Tensor, Type, ops
 
 X = np.arange(1, 13, dtype="f").reshape(3, 4) / 10
 
@@ -146,10 +146,101 @@ CASES = {
     ),
     "view": (lambda c, a: ops.cont(c, ops.view(c, a, (2, 3), (16,), 4)), lambda a: a[:, 1:3], [(3, 4)]),
     "used twice": (lambda c, a: ops.mul(c, ops.sqr(c, a), a), lambda a: a**3, [(3, 4)]),
+    "sqrt": (ops.sqrt, np.sqrt, [(3, 4)]),
+    "sin": (ops.sin, np.sin, [(3, 4)]),
+    "cos": (ops.cos, np.cos, [(3, 4)]),
+    "abs": (ops.abs, np.abs, [(3, 4)]),
+    "neg": (ops.neg, np.negative, [(3, 4)]),
+    "expm1": (ops.expm1, np.expm1, [(3, 4)]),
+    "softplus": (ops.softplus, lambda a: np.log1p(np.exp(a)), [(3, 4)]),
+    "sgn, which is flat": (lambda c, a: ops.add(c, a, ops.sgn(c, a)), lambda a: a + np.sign(a), [(3, 4)]),
+    "step, which is flat": (lambda c, a: ops.add(c, a, ops.step(c, a)), lambda a: a + (a > 0), [(3, 4)]),
+    "swiglu_split": (ops.swiglu_split, lambda a, b: a / (1 + np.exp(-a)) * b, [(3, 4), (3, 4)]),
+    "scale": (lambda c, a: ops.scale(c, a, 3.0), lambda a: 3 * a, [(3, 4)]),
+    "dup": (ops.dup, lambda a: a, [(3, 4)]),
+    "sum": (ops.sum, np.sum, [(3, 4)]),
+    "sum_rows": (ops.sum_rows, lambda a: a.sum(-1, keepdims=True), [(3, 4)]),
+    "mean": (ops.mean, lambda a: a.mean(-1, keepdims=True), [(1, 4)]),
+    "repeat_4d": (lambda c, a: ops.repeat_4d(c, a, 8, 6, 1, 1), lambda a: np.tile(a, (2, 2)), [(3, 4)]),
+    "repeat_back": (
+        lambda c, a: ops.repeat_back(c, a, Tensor.from_numpy(c, X)),
+        lambda a: a.reshape(2, 3, 2, 4).sum((0, 2)),
+        [(6, 8)],
+    ),
+    "reshape and permute": (
+        lambda c, a: ops.cont(c, ops.permute(c, ops.reshape(c, a, 2, 3, 2), 1, 2, 0, 3)),
+        lambda a: a.reshape(2, 3, 2).transpose(1, 2, 0),
+        [(3, 4)],
+    ),
+    "acc": (lambda c, a, b: ops.acc(c, a, b, 16, 48, 48, 4), lambda a, b: inside(a, a[:2, 1:3] + b), [(3, 4), (2, 2)]),
+    "set": (lambda c, a, b: ops.set(c, a, b, 16, 48, 48, 4), lambda a, b: inside(a, b), [(3, 4), (2, 2)]),
+    "get_rows": (
+        lambda c, a: ops.get_rows(c, a, Tensor.from_numpy(c, np.array([2, 0, 2], "i"))),
+        lambda a: a[[2, 0, 2]],
+        [(3, 4)],
+    ),
+    "diag_mask_zero": (lambda c, a: ops.diag_mask_zero(c, a, 1), lambda a: np.tril(a, 1), [(3, 4)]),
+    "diag_mask_inf": (
+        lambda c, a: ops.soft_max(c, ops.diag_mask_inf(c, a, 0)),
+        lambda a: softmax(np.where(np.tri(3, 4, dtype=bool), a, -np.inf)),
+        [(3, 4)],
+    ),
+    "soft_max_ext": (
+        lambda c, a: ops.soft_max_ext(c, a, Tensor.from_numpy(c, np.cos(X)), 0.7),
+        lambda a: softmax(0.7 * a + np.cos(X)),
+        [(3, 4)],
+    ),
+    "rope_ext": (
+        lambda c, a: ops.rope_ext(c, a, positions(c), None, 4, RopeType.NEOX, 0, 1e4, 1.0, 0.0, 1.0, 0.0, 0.0),
+        lambda a: rotated(a),
+        [(3, 2, 4)],
+    ),
+    "pool_2d, mean": (
+        lambda c, a: ops.pool_2d(c, a, OpPool.AVG, 2, 2, 2, 2, 0, 0),
+        lambda a: a.reshape(2, 2, 2, 2).mean((1, 3)),
+        [(4, 4)],
+    ),
+    "pool_2d, maximum": (
+        lambda c, a: ops.pool_2d(c, a, OpPool.MAX, 2, 2, 2, 2, 0, 0),
+        lambda a: a.reshape(2, 2, 2, 2).max((1, 3)),
+        [(4, 4)],
+    ),
+    "im2col": (
+        lambda c, a: ops.im2col(c, Tensor.from_numpy(c, X[None, None, :2, :2].copy()), a, 1, 1, 0, 0, 1, 1, True, 0),
+        lambda a: np.array([[a[0, 0, i : i + 2, j : j + 2].ravel() for j in range(3)] for i in range(2)]),
+        [(1, 1, 3, 4)],
+    ),
+    "cross_entropy_loss": (
+        lambda c, a: ops.cross_entropy_loss(c, a, Tensor.from_numpy(c, softmax(X))),
+        lambda a: -(softmax(X) * np.log(softmax(a))).sum() / 3,
+        [(3, 4)],
+    ),
 }
 
 
-@pytest.mark.parametrize("case", [each for each in CASES if hasattr(ops, each) or " " in each])
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def inside(a, b):
+    a = a.copy()
+    a[:2, 1:3] = b
+    return a
+
+
+def positions(ctx):
+    return Tensor.from_numpy(ctx, np.array([0, 1, 5], "i"))
+
+
+def rotated(a):
+    """Return heads with their two halves turned by the angles of positions 0, 1 and 5."""
+    angle = np.array([0, 1, 5])[:, None, None] * np.array([1.0, 0.01])
+    x, y = a[..., :2], a[..., 2:]
+    return np.concatenate([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], -1)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients(backend, case):
     """Against differences in float64: 2e-3 is what F32 leaves of a sum of a dozen terms of about 1."""
     build, f, shapes = CASES[case]
