@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit status: 0 done, 1 failed, 130 interrupted; wrong usage exits with 2."""
+    _open_streams()
     args = parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.WARNING,
@@ -50,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"pyggml-adapt: error: {describe(error)}", file=sys.stderr)
         return FAILED
+
+
+def _open_streams() -> None:
+    """Let standard streams that were closed before the start be empty, and take what is written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
 
 
 def describe(error: Exception) -> str:

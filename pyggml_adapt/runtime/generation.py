@@ -86,14 +86,15 @@ class Generation:
         timings.prompt_n, timings.prompt_ms = len(prompt), (time.perf_counter() - start) * 1e3
 
     def _score(self, prompt: list[int], scorer: Scorer) -> list[TokenLogprob]:
-        """Evaluate the prompt and return the log-probabilities of its tokens, of the first none."""
-        found = [scorer.first(prompt[0])]
+        """Evaluate the prompt and return the log-probabilities of its tokens; of one that nothing is before, none."""
+        session = self.session
+        found = [scorer.score(session._go_on(), prompt[0]) if session._can_go_on else scorer.first(prompt[0])]
 
         def take(rows: np.ndarray) -> None:
             n = len(found)
             found.extend(scorer.score(row, token) for row, token in zip(rows, prompt[n:], strict=False))
 
-        self.session.eval_each(prompt, take)
+        session.eval_each(prompt, take)
         return found
 
     def _run(self, max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:

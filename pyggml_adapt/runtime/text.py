@@ -211,11 +211,11 @@ class TextSession(Session):
 
 def sampler_params(sampling: Mapping[str, Any]) -> SamplerParams:
     """Return the parameters with these fields.  Raises: ParameterError."""
-    try:
-        return SamplerParams(**sampling)
-    except TypeError:
-        known = ", ".join(SamplerParams.__slots__)
-        raise ParameterError(f"generate: one of {', '.join(sampling)} is not a parameter; known are {known}") from None
+    for name in sampling:
+        if name not in SamplerParams.__slots__:
+            known = ", ".join(SamplerParams.__slots__)
+            raise ParameterError(f"{name} is not a parameter here; of sampling there are {known}")
+    return SamplerParams(**sampling)
 
 
 def stop_strings(stop: Sequence[str]) -> StopStrings:

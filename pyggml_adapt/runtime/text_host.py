@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml_adapt.errors import ParameterError, TokenizerError
+from pyggml_adapt.errors import ParameterError, TokenError, TokenizerError
 from pyggml_adapt.runtime.completion import Completion, complete
 from pyggml_adapt.runtime.embeddings import check_pooling, check_texts, embed
 from pyggml_adapt.runtime.parameters import count
@@ -109,6 +109,8 @@ class TextHost(ABC):
         ids = self.tokenize(prompt, task=task, parse_special=parse_special) if isinstance(prompt, str) else prompt
         if not isinstance(ids, (Sequence, np.ndarray)):
             raise ParameterError(f"prompt must be a text or a list of token ids, not {type(prompt).__name__}")
+        if isinstance(ids, np.ndarray) and ids.ndim != 1:
+            raise TokenError("token ids must be a flat sequence")
         if n_ctx is None and max_tokens is not None:
             n_ctx = max(len(ids) + max(count("max_tokens", max_tokens, least=0), 1), 1)
         text = None
@@ -196,6 +198,7 @@ class TextHost(ABC):
         stop_strings(stop)
         task = self._name(task)
         text = self._text(task)
+        params.check_vocabulary(text.tokenizer.n_vocab)
         if params.constraint is not None:
             text.constraint(*params.constraint)
         ids = text.prompt(messages, **form)

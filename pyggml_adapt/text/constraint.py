@@ -171,6 +171,8 @@ def _reason(name: str, message: str) -> str:
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     if reason.startswith("NoExtension"):
         reason = "nothing can continue it"
+    if "coerce_one_of" in reason:
+        reason = "oneOf is supported only where its parts exclude each other"
     if name == "regex":
         reason = _REGEX_PREFIX.sub("", reason)
     return reason if len(reason) <= _N_MESSAGE else reason[: _N_MESSAGE - 3] + "..."

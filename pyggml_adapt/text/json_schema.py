@@ -11,20 +11,69 @@ from urllib.parse import unquote
 
 from pyggml_adapt.errors import ParameterError
 
+_MAX_WHOLE = 1 << 53  # llguidance holds numbers as F64
+_MIN_FRACTION, _N_DIGITS = 1e-9, 15
+_NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMAS = ("items", "additionalProperties", "allOf", "anyOf", "oneOf", "prefixItems")
+_PLAIN = (
+    *_NUMBERS, "type", "required", "minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength",
+    "pattern", "format", "$ref", "$schema", "$id", "$anchor", "$comment", "title", "description", "default", "examples",
+    "deprecated", "readOnly", "writeOnly",
+)  # fmt: skip
 _MAX_PATTERNS = 16384  # characters: what a pattern takes grows faster than its length
 _NESTED = ("allOf", "anyOf", "oneOf", "prefixItems")
 _Known = Callable[[str], bool]
 
 
 def check(schema: Any) -> None:
-    """Raise ParameterError for options of llguidance, for long patterns, or if all that would meet it has no end."""
-    if isinstance(schema, dict) and "x-guidance" in schema:
-        raise ParameterError("json_schema: x-guidance is not supported")
+    """Raise ParameterError for what is not supported, or not exactly, or if all that would meet it has no end."""
+    for keyword in _unknown(schema):
+        raise ParameterError(f"json_schema: {keyword} is not a keyword that is supported")
+    for number in _inexact(schema):
+        raise ParameterError(
+            f"json_schema: {number!r} cannot be held exactly: whole numbers go up to 2**53, others begin at "
+            f"{_MIN_FRACTION} and have {_N_DIGITS} digits"
+        )
     n_patterns = sum(map(len, _patterns(schema)))
     if n_patterns > _MAX_PATTERNS:
         raise ParameterError(f"json_schema: its patterns have {n_patterns} characters, more than {_MAX_PATTERNS}")
     if not _has_an_end(schema):
         raise ParameterError("json_schema: nothing meets it, since its required parts contain it again without end")
+
+
+def _unknown(node: Any) -> Iterator[str]:
+    """Yield the keywords of a schema, and of those within it, that would be ignored or refused."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _unknown(item)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in _SCHEMAS:
+                yield from _unknown(value)
+            elif key in _OF_SCHEMAS:
+                yield from _unknown(list(value.values()) if isinstance(value, dict) else [])
+            elif key not in _PLAIN:
+                yield key
+
+
+def _inexact(node: Any, is_value: bool = False) -> Iterator[float]:
+    """Yield the numbers in values and limits that llguidance would take for others."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _inexact(item, is_value)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _inexact(value, is_value or key in _NUMBERS)
+    elif is_value and isinstance(node, int | float) and not _is_exact(node):
+        yield node
+
+
+def _is_exact(number: float) -> bool:
+    if number == int(number):
+        return abs(number) <= _MAX_WHOLE
+    n_digits = len(repr(number).partition("e")[0].replace(".", "").lstrip("-0"))
+    return abs(number) >= _MIN_FRACTION and n_digits <= _N_DIGITS
 
 
 def _patterns(node: Any) -> Iterator[str]:
@@ -92,7 +141,7 @@ def _ends(node: Any, known: _Known) -> bool:
         if parts.get(key) and not any(_ends(part, known) for part in parts[key]):
             return False
     types = node.get("type")
-    types = types if isinstance(types, list) else [types]
+    types = types if isinstance(types, list) and types else [types]
     if any(kind not in ("object", "array") for kind in types):
         return True
     required = _required(node) if "object" in types else None

@@ -128,8 +128,13 @@ class Tokenizer:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
         remove_special: drop the bos_id and eos_id that encode adds.  unparse_special: give control tokens as text.
+        Raises: TokenError.
         """
-        return self._detokenize(list(map(index, ids)), remove_special, unparse_special).decode(errors="replace")
+        try:
+            tokens = list(map(index, ids))
+        except TypeError:
+            raise TokenError(f"token ids must be a flat sequence of whole numbers, not {ids!r:.60}") from None
+        return self._detokenize(tokens, remove_special, unparse_special).decode(errors="replace")
 
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of one token, which may be a part of a character; of a control token only if `special`."""

@@ -134,7 +134,7 @@ def test_conversations_that_do_not_fit(host):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"heat": 1}, "generate: one of heat is not a parameter"),
+    ({"heat": 1}, "heat is not a parameter here"),
     ({"max_tokens": -1}, "max_tokens = -1"),
     ({"n_ctx": 0}, "n_ctx = 0"),
     ({"template_kwargs": 3}, "the variables for a chat template must be a dictionary"),

@@ -118,7 +118,7 @@ def test_generate_of_the_host(host):
     ({"repeat_last_n": -2}, "repeat_last_n = -2 is not a "),
     ({"seed": -1}, r"seed = -1 is not a whole number from 0 to 2\*\*64 - 1"),
     ({"seed": 1.5}, "seed = 1.5 is not a whole number"),
-    ({"heat": 1}, "generate: one of heat is not a parameter; known are temperature, top_k"),
+    ({"heat": 1}, "heat is not a parameter here; of sampling there are temperature, top_k"),
 ])  # fmt: skip
 def test_parameters_that_cannot_be(host, sampling, message):
     with pytest.raises(ParameterError, match=f"^{message}"):

@@ -218,9 +218,15 @@ def test_recursive_schemas_that_can_be_met(case):
     assert constraint.is_complete
 
 
+INEXACT = " cannot be held exactly: whole numbers go up to 2**53, others begin at 1e-09 and have 15 digits"
 MESSAGES = [
     ("json_schema", '{"enum": []}', "Unsatisfiable schema: anyOf is empty"),
-    ("json_schema", '{"not": {}}', 'Unimplemented keys: ["not"]'),
+    ("json_schema", '{"not": {}}', 'not is not a keyword that is supported'),
+    ("json_schema", '{"type": "string", "maxlength": 3}', "maxlength is not a keyword that is supported"),
+    ("json_schema", '{"properties": {"a": {"foo": 1}}}', "foo is not a keyword that is supported"),
+    ("json_schema", '{"const": 9007199254740993}', f"9007199254740993{INEXACT}"),
+    ("json_schema", '{"enum": [1, [1.8126486333322134e-05]]}', f"1.8126486333322134e-05{INEXACT}"),
+    ("json_schema", '{"type": "number", "maximum": 1e-30}', f"1e-30{INEXACT}"),
     ("regex", "((", "unclosed group"),
     ("regex", "[a-", "unclosed character class"),
     ("regex", "a\\", "it ends within an escape"),
