@@ -79,6 +79,8 @@ cdef list reach(list owners):
     cdef Owner owner
     cdef Py_ssize_t i = 0
     while i < len(found):
+        if found[i] is None:  # of a Tensor that was made by Tensor.__new__
+            raise ClosedError("the Context of this Tensor is closed")
         owner = <Owner> found[i]
         owner.check()
         for other in owner._uses:

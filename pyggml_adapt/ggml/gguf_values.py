@@ -51,7 +51,8 @@ def array_of(info: TensorInfo, data: Any) -> np.ndarray:
     shape, dtype = info.ne[: info.n_dims][::-1], ELEMENTS.get(info.type)
     if dtype is None:
         shape, dtype = (*shape[:-1], info.type.row_size(info.ne[0])), "u1"
-    return np.ndarray(shape, dtype, data, info.offset)
+    whole = np.frombuffer(data, dtype=np.uint8)  # whose base stays exported, so that the file cannot be unmapped
+    return np.ndarray(shape, dtype, whole, info.offset)
 
 
 class Metadata(Mapping[str, Any]):

@@ -361,6 +361,7 @@ cdef class OptContext:
         if result is not None:
             if result._made_by not in (None, made_by):
                 raise ShapeError(f"eval: a result of (loss, opt_period, batch) {result._made_by} for {made_by}")
+            result.check_idle()
             into = result._ptr
         check_indices(self._plan.graph, self._plan.indices)
         before = []
@@ -368,9 +369,13 @@ cdef class OptContext:
             for backend in self.sched.backends:
                 if backend.threadpool is not None:
                     before.append((backend, backend.threadpool.enter()))
+            if result is not None:
+                result._in_use = True
             with nogil:
                 c.ggml_opt_eval(ptr, into)
         finally:
+            if result is not None:
+                result._in_use = False
             for backend, each in reversed(before):
                 backend.threadpool.leave(each)
         self._ready = self._steps = False

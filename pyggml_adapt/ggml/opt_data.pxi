@@ -121,12 +121,15 @@ cdef int fill(c.ggml_tensor * t, const unsigned char[::1] data) except -1:
 cdef class OptResult:
     """Own the losses and predictions of the batches that were evaluated into it.
 
+    While a batch is being evaluated into it, other threads get BusyError.
+
     Wraps: ggml_opt_result_init, ggml_opt_result_free.
     """
 
     cdef c.ggml_opt_result_t _ptr
     cdef object _made_by  # what all evaluations into it must have in common
     cdef int64_t _n_pred
+    cdef bint _in_use
 
     def __cinit__(self):
         self._ptr = c.ggml_opt_result_init()
@@ -134,8 +137,14 @@ cdef class OptResult:
     def __dealloc__(self):
         c.ggml_opt_result_free(self._ptr)
 
+    cdef int check_idle(self) except -1:
+        if self._in_use:
+            raise BusyError("OptResult is in use: a batch is being evaluated into it")
+        return 0
+
     def reset(self):
         """Forget all evaluations.  Wraps: ggml_opt_result_reset."""
+        self.check_idle()
         c.ggml_opt_result_reset(self._ptr)
         self._made_by, self._n_pred = None, 0
 
@@ -143,6 +152,7 @@ cdef class OptResult:
     def ndata(self):
         """Return the number of datapoints that were evaluated.  Wraps: ggml_opt_result_ndata."""
         cdef int64_t n = 0
+        self.check_idle()
         c.ggml_opt_result_ndata(self._ptr, &n)
         return n
 
@@ -153,6 +163,7 @@ cdef class OptResult:
         Wraps: ggml_opt_result_loss.
         """
         cdef double loss, unc
+        self.check_idle()
         c.ggml_opt_result_loss(self._ptr, &loss, &unc)
         return loss, unc
 
@@ -163,6 +174,7 @@ cdef class OptResult:
         Wraps: ggml_opt_result_accuracy.
         """
         cdef double accuracy, unc
+        self.check_idle()
         if not self._n_pred:
             return float("nan"), float("nan")
         c.ggml_opt_result_accuracy(self._ptr, &accuracy, &unc)
@@ -174,6 +186,7 @@ cdef class OptResult:
 
         Wraps: ggml_opt_result_pred.
         """
+        self.check_idle()
         out = np.empty(self._n_pred, np.int32)
         cdef int32_t[::1] into = out
         if self._n_pred:

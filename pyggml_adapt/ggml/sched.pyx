@@ -72,6 +72,8 @@ cdef class Sched(Owner):
         self.check()
         if self._served:
             raise BackendError(f"{doing}: this scheduler serves a graph already, see reset()")
+        if self._n_exports:
+            raise BusyError(f"{doing}: {self._n_exports} array(s) still show memory of the graph that it served")
         self._check_left(graph, doing)
         check_idle(graph.ctx)
         check_idle(self)

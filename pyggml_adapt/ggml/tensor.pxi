@@ -204,6 +204,7 @@ cdef class Tensor:
 
         Wraps: ggml_backend_tensor_memset.
         """
+        cdef size_t n
         held = acquire([self.ctx])
         try:
             self.range(offset, 0)
@@ -245,6 +246,11 @@ cdef class Tensor:
                                         (view.len, spread(size, n, stride_data), "the buffer")):
                     if n and end > have:
                         raise ShapeError(f"tensor {self.name!r}: {n} pieces end at byte {end} of {have} of {what}")
+                if n > 1 and (stride_tensor < size or stride_data < size):
+                    raise ShapeError(f"tensor {self.name!r}: pieces of {size} bytes overlap, {stride_tensor} and "
+                                     f"{stride_data} bytes apart")
+                if size == 0:
+                    return 0  # ggml would count n pieces of nothing
                 if into:
                     self.check_writable(held)
                 with nogil:
@@ -372,6 +378,9 @@ cdef class Tensor:
         if owner is None or not c.ggml_backend_buffer_is_host(memory):
             raise BufferError(f"tensor {self.name!r} is in memory that the CPU cannot address")
         readonly = owner.owns_readonly(memory)
+        if self.type not in _FORMATS and t.nb[0] != c.ggml_type_size(t.type):
+            raise BufferError(f"tensor {self.name!r} of type {self.type.name} has no contiguous rows; "
+                              f"use ops.cont first")
         if flags & PyBUF_WRITABLE and readonly:
             raise BufferError(f"tensor {self.name!r} is in a read-only mapping")
         if not (flags & PyBUF_STRIDES) == PyBUF_STRIDES and not c.ggml_is_contiguous(t):

@@ -130,6 +130,13 @@ def test_blocks_come_as_bytes(ctx):
         np.from_dlpack(t)
 
 
+def test_blocks_whose_rows_are_not_contiguous(ctx):
+    t = ctx.new_tensor(Type.BF16, (8, 4), "t")
+    Buffer.allocate(Device.cpu().buffer_type, 64, clear=True).place(t, 0)
+    with pytest.raises(BufferError, match=r"of type BF16 has no contiguous rows; use ops.cont first$"):
+        ops.transpose(ctx, t).to_numpy()
+
+
 def test_buffer_protocol(ctx):
     t = Tensor.from_numpy(ctx, X.copy())
     with memoryview(t) as view:

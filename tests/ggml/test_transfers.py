@@ -257,3 +257,32 @@ def test_devices(ctx, tmp_path):
     with pytest.raises(BackendError, match=r"text.so: no backend of ggml"):
         Device.load(tmp_path / "text.so")
     Device.load(tmp_path)  # has none either, which ggml does not tell
+
+
+def test_pieces_that_do_not_advance():
+    """ggml would count them, one by one and without the GIL."""
+    t = Tensor.from_numpy(Context(Context.size_for(1)), np.zeros(4, "f"))
+    t.set_2d(b"", 0, 0, 1 << 60, 0, 0)
+    with pytest.raises(ShapeError, match=r"^tensor '': pieces of 4 bytes overlap, 0 and 0 bytes apart$"):
+        t.set_2d(b"abcd", 0, 4, 1 << 60, 0, 0)
+
+
+def test_a_tensor_that_is_none():
+    for use in (lambda t: t.set_data(b""), lambda t: t.get_data(bytearray()), lambda t: t.memset(0)):
+        with pytest.raises(ClosedError, match=r"^the Context of this Tensor is closed$"):
+            use(Tensor.__new__(Tensor))
+
+
+def test_a_size_that_changes():
+    class Size:
+        n = 0
+
+        def __index__(self):
+            Size.n += 1
+            return 4 if Size.n == 1 else 1 << 36
+
+        __int__ = __index__
+
+    t = Tensor.from_numpy(Context(Context.size_for(1)), np.zeros(4, "f"))
+    t.memset(1, 0, Size())
+    assert t.to_numpy().view("u1").sum() == 4
