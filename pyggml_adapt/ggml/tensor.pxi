@@ -311,6 +311,9 @@ cdef class Tensor:
         if not c.ggml_nelements(t):
             return np.empty(shape, dtype=(code or b"B").decode())  # there is no data to show
         self.with_data()
+        if code is None and t.nb[0] != c.ggml_type_size(t.type):
+            raise ShapeError(f"to_numpy: tensor {self.name!r} of type {self.type.name} has no contiguous rows; use "
+                             f"ops.cont first")
         if c.ggml_backend_buffer_is_host(self.buffer()):
             return np.asarray(memoryview(self))
         if not c.ggml_is_contiguous(t):
