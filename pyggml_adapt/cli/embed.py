@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from pyggml_adapt.cli.options import add_host_options, open_host
+from pyggml_adapt.cli.options import add_host_options, named_task, open_host
 from pyggml_adapt.cli.run import read_prompt
 from pyggml_adapt.errors import ParameterError
 
@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.embd_separator:
         raise ParameterError("--embd-separator is empty: there must be something between the texts")
     with open_host(args) as host:
-        if args.task is None and len(host.tasks) > 1:
-            raise ParameterError(f"several tasks are loaded: name one with --task: {', '.join(host.tasks)}")
-        task = args.task if args.task is not None else host.active
+        task = named_task(args, host)
         found = host.embed(
             texts.split(args.embd_separator),
             task=task,

@@ -174,6 +174,13 @@ def open_host(args: argparse.Namespace) -> Host:
     return host
 
 
+def named_task(args: argparse.Namespace, host: Host) -> str:
+    """Return the task of --task, else the only one.  Raises: ParameterError if there are several."""
+    if args.task is None and len(host.tasks) > 1:
+        raise ParameterError(f"several tasks are loaded: name one with --task: {', '.join(host.tasks)}")
+    return args.task if args.task is not None else host.active
+
+
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of SamplerParams that the options describe."""
     values = {field: getattr(args, field) for _, field, _, _ in _SAMPLING}

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from pyggml_adapt.cli.options import add_host_options, add_sampling_options, decode, open_host, read_file, sampling
+from pyggml_adapt.cli.options import (
+    add_host_options,
+    add_sampling_options,
+    decode,
+    named_task,
+    open_host,
+    read_file,
+    sampling,
+)
 from pyggml_adapt.errors import FileAccessError, ParameterError
 
 if TYPE_CHECKING:
@@ -66,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with open_host(args) as host:
         load_ms = (time.perf_counter() - start) * 1e3
-        if args.task is None and len(host.tasks) > 1:
-            raise ParameterError(f"several tasks are loaded: name one with --task: {', '.join(host.tasks)}")
-        swap = host.activate(args.task if args.task is not None else host.active)
+        swap = host.activate(named_task(args, host))
         ids = host.tokenize(prompt, parse_special=True)
         max_tokens = None if args.predict == -1 else args.predict
         n_ctx = args.ctx_size or (None if max_tokens is None else len(ids) + max(max_tokens, 1))
