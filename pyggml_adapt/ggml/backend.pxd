@@ -1,18 +1,23 @@
+cimport cython
+
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor
 from pyggml_adapt.ggml.threadpool cimport Threadpool
 
 
+@cython.final
 cdef class Device:
     cdef c.ggml_backend_dev_t _ptr
     cdef c.ggml_backend_dev_t ptr(self) except NULL
 
 
+@cython.final
 cdef class BufferType:
     cdef c.ggml_backend_buffer_type_t _ptr
     cdef c.ggml_backend_buffer_type_t ptr(self) except NULL
 
 
+@cython.final
 cdef class Buffer(Owner):
     cdef c.ggml_backend_buffer_t _ptr
     cdef Py_buffer _mapping
@@ -22,6 +27,7 @@ cdef class Buffer(Owner):
     cdef c.ggml_backend_buffer_t ptr(self) except NULL
 
 
+@cython.final
 cdef class Backend(Owner):
     cdef c.ggml_backend_t _ptr
     cdef int _flags[2]  # whether computations are to stop: as abort_flag says, and since a callback has failed
@@ -37,6 +43,7 @@ cdef class Backend(Owner):
     cdef int _check_place(self, Tensor tensor, list owners, bint into) except -1
 
 
+@cython.final
 cdef class Event(Owner):
     cdef c.ggml_backend_event_t _ptr
     cdef readonly Device device

@@ -1,7 +1,5 @@
 from os import PathLike
-from typing import Any, TypeVar
-
-from typing_extensions import disjoint_base
+from typing import Any, TypeVar, final
 
 from pyggml_adapt.ggml.context import Context, Owner, Tensor
 from pyggml_adapt.ggml.enums import BufferUsage, DeviceType
@@ -11,7 +9,7 @@ __all__ = ["MAX_THREADS", "Backend", "Buffer", "BufferType", "Device", "Event", 
 
 _Out = TypeVar("_Out")
 
-@disjoint_base
+@final
 class Device:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # raises TypeError
     @staticmethod
@@ -46,7 +44,7 @@ class Device:
     @property
     def buffer_type(self) -> BufferType: ...
 
-@disjoint_base
+@final
 class BufferType:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # raises TypeError
     @property
@@ -61,7 +59,7 @@ class BufferType:
     @property
     def device(self) -> Device | None: ...
 
-@disjoint_base
+@final
 class Buffer(Owner):
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # raises TypeError
     @staticmethod
@@ -80,7 +78,7 @@ class Buffer(Owner):
     def nbytes(self) -> int: ...
     def place(self, tensor: Tensor, offset: int) -> None: ...
 
-@disjoint_base
+@final
 class Backend(Owner):
     def __new__(
         cls, device: Device | None = None, n_threads: int | None = None, *, threadpool: Threadpool | None = None
@@ -102,7 +100,7 @@ class Backend(Owner):
     def supports_buft(self, buffer_type: BufferType) -> bool: ...
     def offload_op(self, op: Tensor) -> bool: ...
 
-@disjoint_base
+@final
 class Event(Owner):
     def __new__(cls, device: Device) -> Event: ...
     @property

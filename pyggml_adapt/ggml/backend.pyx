@@ -3,7 +3,7 @@
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, check_same_layout, reach, release
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, check_idle, check_same_layout, reach, release
 from pyggml_adapt.ggml.threadpool cimport Threadpool
 
 import os
@@ -106,8 +106,7 @@ cdef class Buffer(Owner):
         cdef c.ggml_context * ptr = ctx.ptr()
         cdef c.ggml_backend_buffer_type_t buft = buffer_type.ptr()
         cdef c.ggml_tensor * t = c.ggml_get_first_tensor(ptr)
-        if ctx._in_use:
-            raise BusyError("Context is in use by a computation on another thread")
+        check_idle(ctx)
         reach([ctx])
         waiting = []
         while t != NULL:
@@ -152,9 +151,11 @@ cdef class Buffer(Owner):
     def clear(self, unsigned char value=0):
         """Set every byte to `value`.  Releases the GIL.
 
-        Raises: DTypeError for a read-only mapping.  Wraps: ggml_backend_buffer_clear.
+        Raises: DTypeError for a read-only mapping, BusyError while it is computed with.
+        Wraps: ggml_backend_buffer_clear.
         """
         cdef c.ggml_backend_buffer_t ptr = self.ptr()
+        check_idle(self)
         if self.owns_readonly(ptr):
             raise DTypeError("clear: the buffer is a read-only mapping")
         if self._pad:  # ggml's begins before the mapping
@@ -172,13 +173,19 @@ cdef class Buffer(Owner):
     def place(self, Tensor tensor not None, size_t offset):
         """Let the tensor's data be the bytes from `offset` on; its Context then keeps this buffer alive.
 
-        Raises: ShapeError if it does not fit, is a view, has data already, or would begin where no element may.
+        Raises: ShapeError if it does not fit, is a view, is computed by an op, has data already, or would begin where
+        no element may; or if the buffer is one of Context.alloc_tensors().
         Wraps: ggml_backend_tensor_alloc.
         """
         cdef c.ggml_backend_buffer_t ptr = self.ptr()
         cdef c.ggml_tensor * t = tensor.ptr()
         if t.data != NULL or t.buffer != NULL or t.view_src != NULL:
             raise ShapeError(f"place: tensor {tensor.name!r} has data already, or is a view")
+        if self._parts is not None:
+            raise ShapeError("place: the buffer is that of all tensors of a Context")
+        if t.op != c.GGML_OP_NONE:
+            raise ShapeError(f"place: tensor {tensor.name!r} is computed by {tensor.op}: GAllocr, Sched or "
+                             f"alloc_tensors() find it memory that no other uses meanwhile")
         cdef size_t need = c.ggml_backend_buffer_get_alloc_size(ptr, t)
         cdef size_t size = c.ggml_backend_buffer_get_size(ptr) - self._pad
         if offset > size or need > size - offset:
@@ -283,7 +290,7 @@ cdef class Backend(Owner):
         cdef Owner owner
         for owner in owners:
             if owner._in_use > sum([1 for each in self._pending if each is owner]):
-                raise BusyError(f"{type(owner).__name__} is in use by a computation on another thread")
+                raise BusyError(f"{type(owner).__name__} is in use by a computation that has not ended")
         return 0
 
     cdef int queue(self, list owners, object export) except -1:
@@ -301,11 +308,14 @@ cdef class Backend(Owner):
         Wraps: ggml_backend_synchronize.
         """
         cdef c.ggml_backend_t ptr = self.ptr()
+        pending, self._pending = self._pending, []
+        exports, self._exports = self._exports, []
+        self._in_use += 1
         with nogil:
             c.ggml_backend_synchronize(ptr)
-        pending, self._pending = self._pending, []
-        self._exports.clear()
+        self._in_use -= 1
         release(pending)
+        exports.clear()
 
     def set_async(self, Tensor tensor not None, data, size_t offset=0):
         """Start copying a contiguous buffer into the tensor's bytes at `offset`; it must not change before the end.

@@ -1,6 +1,6 @@
-from typing_extensions import disjoint_base
+from typing import final
 
 from pyggml_adapt.ggml.context import Owner
 
-@disjoint_base
+@final
 class Callback(Owner): ...

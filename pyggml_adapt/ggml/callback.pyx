@@ -76,7 +76,7 @@ cdef list find_callbacks(c.ggml_cgraph * graph):
     return found
 
 
-cdef int arm(list callbacks, Context ctx, list backends) except -1:
+cdef int arm(list callbacks, Context ctx, backends) except -1:
     """Prepare the Callbacks for a computation of a graph of ctx on these backends."""
     cdef Callback callback
     for backend in backends:

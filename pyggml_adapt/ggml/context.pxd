@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libggml as c
@@ -5,7 +6,7 @@ from pyggml_adapt.ggml cimport libggml as c
 
 cdef class Owner:
     cdef object __weakref__
-    cdef int _in_use, _n_exports
+    cdef int _in_use, _computing, _n_exports
     cdef set _uses
     cdef bint _is_open(self) noexcept
     cdef void _release(self) noexcept
@@ -22,19 +23,33 @@ cdef extern from *:
     const double MAX_ELEMENTS "PYGGML_ADAPT_MAX_ELEMENTS"  # of a tensor: ggml adds up sizes without overflow checks
 
 
+cdef enum:
+    STAND_IN = 1 << 30  # flag of a copy of a tensor that a graph computes with instead; `extra` is the tensor
+
+
 cdef list reach(list owners)
+cdef int check_idle(Owner owner) except -1
 cdef list acquire(list owners)
 cdef void release(list owners) noexcept
+cdef list occupy(list owners)
+cdef void vacate(list owners) noexcept
+cdef c.ggml_tensor * original(c.ggml_tensor * t) noexcept
+cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept
+cdef bint is_view(c.ggml_tensor * t) noexcept
 cdef int count(list todo, set seen) except -1
 cdef int check_same_layout(Tensor src, Tensor dst) except -1
 cdef int read_ne(int64_t * dims, str op, ne) except -1
 
 
+@cython.final
 cdef class Context(Owner):
     cdef c.ggml_context * _ptr
     cdef void * _mem
     cdef readonly size_t mem_size
     cdef size_t n_tensors, n_foreign
+    cdef size_t last_bind  # the number, of all that there were, of the last binding of Slots of its graphs
+    cdef int n_lent  # computations that have exchanged operands of its nodes for the moment
+    cdef set slots  # the addresses of those that are Slots'
     cdef c.ggml_context * ptr(self) except NULL
     cdef c.ggml_context * room(self, int n_tensors) except NULL
     cdef bint holds(self, c.ggml_tensor * tensor) noexcept
@@ -42,6 +57,7 @@ cdef class Context(Owner):
     cdef Tensor wrap(self, c.ggml_tensor * tensor)
 
 
+@cython.final
 cdef class Tensor:
     cdef c.ggml_tensor * _ptr
     cdef readonly Context ctx

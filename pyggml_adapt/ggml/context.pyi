@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ class Owner:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None: ...
 
-@disjoint_base
+@final
 class Context(Owner):
     def __new__(cls, mem_size: int) -> Context: ...
     @property
@@ -37,7 +37,7 @@ class Context(Owner):
     def used_mem(self) -> int: ...
     def set_data(self, tensors: tuple[Tensor, ...], data: tuple[Any, ...]) -> None: ...
 
-@disjoint_base
+@final
 class Tensor:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...  # raises TypeError
     @property

@@ -2,7 +2,8 @@
 
 cimport cython
 from cpython.buffer cimport (
-    PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+    PyBUF_ANY_CONTIGUOUS, PyBUF_C_CONTIGUOUS, PyBUF_F_CONTIGUOUS, PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES,
+    PyBUF_WRITABLE, PyBuffer_IsContiguous, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
@@ -55,10 +56,9 @@ cdef class Owner:
     def close(self):
         """Free what is owned; closing twice is allowed.
 
-        Raises: BusyError while another thread computes with it, or an array shows its memory, see Tensor.to_numpy().
+        Raises: BusyError while it is computed with, or an array shows its memory, see Tensor.to_numpy().
         """
-        if self._in_use:
-            raise BusyError(f"{type(self).__name__} is in use by a computation on another thread")
+        check_idle(self)
         if self._n_exports:
             raise BusyError(f"{type(self).__name__} cannot be closed: {self._n_exports} array(s) still show its memory")
         self._release()
@@ -70,6 +70,13 @@ cdef class Owner:
 
     def __exit__(self, *exc):
         self.close()
+
+
+cdef int check_idle(Owner owner) except -1:
+    """Check that no computation, and no transfer, uses `owner`."""
+    if owner._in_use:
+        raise BusyError(f"{type(owner).__name__} is in use by a computation that has not ended")
+    return 0
 
 
 cdef list reach(list owners):
@@ -106,18 +113,54 @@ cdef void release(list owners) noexcept:
         owner._in_use -= 1
 
 
+cdef list occupy(list owners):
+    """Do what acquire() does for a computation: until vacate(), nobody but its graph writes into their memory."""
+    cdef list found = acquire(owners)
+    cdef Owner owner
+    for owner in found:
+        owner._computing += 1
+    return found
+
+
+cdef void vacate(list owners) noexcept:
+    cdef Owner owner
+    for owner in owners:
+        owner._computing -= 1
+    release(owners)
+
+
+cdef c.ggml_tensor * original(c.ggml_tensor * t) noexcept:
+    """Return t, or the tensor that it stands in for while a graph is computed."""
+    return <c.ggml_tensor *> t.extra if t.flags & STAND_IN else t
+
+
+cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept:
+    """Return the tensor whose data t shows."""
+    while t.view_src != NULL:
+        t = t.view_src
+    return t
+
+
+cdef bint is_view(c.ggml_tensor * t) noexcept:
+    """Return whether t only shows another tensor's data."""
+    return t.op in (c.GGML_OP_VIEW, c.GGML_OP_RESHAPE, c.GGML_OP_PERMUTE, c.GGML_OP_TRANSPOSE)
+
+
 cdef int count(list todo, set seen) except -1:
     """Add to `seen` the addresses in `todo` and of all that these are computed from; return how many are leaves."""
     cdef c.ggml_tensor * t
+    cdef size_t src
     cdef int i, n_leaves = 0
     seen.update(todo)
     while todo:
         t = <c.ggml_tensor *> <size_t> todo.pop()
         n_leaves += t.op == c.GGML_OP_NONE
         for i in range(c.GGML_MAX_SRC):
-            if t.src[i] != NULL and <size_t> t.src[i] not in seen:
-                seen.add(<size_t> t.src[i])
-                todo.append(<size_t> t.src[i])
+            if t.src[i] != NULL:
+                src = <size_t> original(t.src[i])
+                if src not in seen:
+                    seen.add(src)
+                    todo.append(src)
     return n_leaves
 
 
@@ -202,6 +245,7 @@ cdef class Context(Owner):
 
     cdef Context home(self, c.ggml_tensor * tensor):
         """Return the Context that owns `tensor`: this one, or one that this one depends on."""
+        tensor = original(tensor)
         if self.holds(tensor):
             return self
         for owner in reach([self]):
@@ -211,7 +255,7 @@ cdef class Context(Owner):
 
     cdef Tensor wrap(self, c.ggml_tensor * tensor):
         cdef Tensor view = Tensor.__new__(Tensor)
-        view._ptr = tensor
+        view._ptr = original(tensor)
         view.ctx = self
         return view
 

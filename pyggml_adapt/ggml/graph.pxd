@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libops as c
@@ -5,7 +6,6 @@ from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor
 
 
-cdef int check_idle(Owner owner) except -1
 cdef int check_backend_idle(Backend backend) except -1
 cdef int check_size(int size) except -1
 cdef object nodes_of(CGraph graph)
@@ -14,28 +14,67 @@ cdef list without_data(CGraph graph)
 cdef set buffers_of(list addresses)
 cdef int check_foreign(CGraph graph) except -1
 cdef set written_roots(CGraph graph)
+cdef int check_work(CGraph graph, Backend backend) except -1
 cdef int check_writable(CGraph graph, list owners) except -1
-cdef list find_indices(CGraph graph)
-cdef int check_indices(CGraph graph, list indices) except -1
+cdef int point_views(CGraph graph) except -1
+cdef list memory_of(CGraph graph)
 cdef int raise_status(CGraph graph, c.ggml_status status, str doing) except -1
 
 
+cdef struct Use:  # of a leaf, by one node
+    c.ggml_tensor * node
+    int k  # node.src[k]
+    Py_ssize_t picked  # which leaf
+
+
+cdef struct Picked:  # a leaf, or view of one
+    c.ggml_tensor * leaf
+    c.ggml_tensor copy  # whose data is ours
+    int64_t bound  # all are from 0 to bound - 1
+
+
+@cython.final
+cdef class Indices:
+    cdef Use * _uses
+    cdef Picked * _picked
+    cdef Py_ssize_t _n_uses, _n_picked
+    cdef int _record(self, list uses) except -1
+    cdef int read(self, CGraph graph) except -1
+    cdef void lend(self) noexcept
+    cdef void restore(self) noexcept
+
+
+@cython.final
 cdef class CGraph:
     cdef c.ggml_cgraph * _ptr
     cdef readonly Context ctx
     cdef readonly int size
     cdef readonly bint grads
     cdef object _supported_by, _sched
-    cdef list _indices, _callbacks
+    cdef size_t _last_bind, _foreign_bind  # of Slots of its Context, and of others, when it was checked
+    cdef Indices _indices
+    cdef list _callbacks
+    cdef list _homes  # the other Contexts that own nodes of it
+    cdef set _expanded  # addresses of nodes and leaves that _expand_deep() has added
     cdef int _n_cleared, _n_backward
     cdef c.ggml_cgraph * ptr(self) except NULL
     cdef Tensor _wrap(self, c.ggml_tensor * t)
     cdef int _changed(self) except -1
     cdef int _check_node(self, Backend backend, c.ggml_tensor * t) except -1
     cdef int _check_supported(self, Backend backend, list owners) except -1
+    cdef int _check_still(self) except -1
+    cdef bint was_checked(self, by, list owners) noexcept
+    cdef int remember(self, by, list owners) except -1
+    cdef int _expand_deep(self, c.ggml_tensor * t) except -1
+    cdef int check_nodes_idle(self) except -1
+    cdef list begin(self, Backend backend, list owners)
+    cdef int lend(self, Indices indices) except -1
+    cdef int restore(self, Indices indices) except -1
+    cdef c.ggml_status _compute(self, Backend backend, Tensor result, out) except *
     cdef c.ggml_status _compute_into(self, Backend backend, Tensor result, out) except *
 
 
+@cython.final
 cdef class GAllocr(Owner):
     cdef c.ggml_gallocr_t _ptr
     cdef bint _served

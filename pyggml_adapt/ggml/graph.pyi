@@ -1,13 +1,15 @@
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any
-
-from typing_extensions import disjoint_base
+from typing import Any, final
 
 from pyggml_adapt.ggml.backend import Backend, BufferType
 from pyggml_adapt.ggml.context import Context, Owner, Tensor
 
-@disjoint_base
+@final
+class Indices:
+    def __new__(cls, graph: CGraph) -> Indices: ...
+
+@final
 class CGraph:
     def __new__(cls, ctx: Context, size: int = 2048, *, grads: bool = False) -> CGraph: ...
     @property
@@ -35,7 +37,7 @@ class CGraph:
     def compute(self, backend: Backend, result: Tensor | None = None, out: Any = None) -> None: ...
     def compute_async(self, backend: Backend) -> None: ...
 
-@disjoint_base
+@final
 class GAllocr(Owner):
     def __new__(cls, buffer_type: BufferType) -> GAllocr: ...
     def alloc_graph(self, graph: CGraph) -> None: ...

@@ -2,23 +2,27 @@
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, count, reach, release
+from pyggml_adapt.ggml.context cimport (
+    STAND_IN, Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, reach, release, root_of, vacate,
+)
 from pyggml_adapt.ggml.status cimport check
 
 import os
 import tempfile
 
 from pyggml_adapt.errors import (
-    AllocError, BackendError, BusyError, ClosedError, DTypeError, FileAccessError, IndexRangeError, ShapeError,
+    AllocError, BackendError, ClosedError, DTypeError, FileAccessError, IndexRangeError, ParameterError, ShapeError,
 )
 from pyggml_adapt.ggml.status import last_log
 
 
 include "graph_checks.pxi"
+include "indices.pxi"
 include "backward.pxi"
 
 
@@ -66,9 +70,9 @@ cdef class CGraph:
         if tensor.ctx is not self.ctx:
             raise ShapeError(f"expand: tensor {tensor.name!r} belongs to another Context than the graph")
         self.ptr()
-        check_idle(self.ctx)
-        reach([self.ctx])
-        if self.ctx.n_tensors + self.ctx.n_foreign > <size_t> self.size:
+        self._check_still()
+        cdef size_t n_tensors = self.ctx.n_tensors + self.ctx.n_foreign
+        if n_tensors > <size_t> self.size:
             seen = {<size_t> t}
             n_leaves = count(nodes_of(self) + [<size_t> t], seen)
             if max(n_leaves, len(seen) - n_leaves) > self.size:
@@ -76,12 +80,43 @@ cdef class CGraph:
         self._changed()
         if t.op == c.GGML_OP_NONE:  # no node's operand yet: a scheduler finds no place for it otherwise
             c.ggml_set_input(t)
+        if n_tensors > MAX_DEPTH:
+            self._expand_deep(t)
         c.ggml_build_forward_expand(self._ptr, t)
         return tensor
 
+    cdef int _check_still(self) except -1:
+        """Check that no computation has exchanged operands of tensors that the graph could reach, for the moment."""
+        check_idle(self.ctx)
+        for owner in reach([self.ctx]):
+            if isinstance(owner, Context) and (<Context> owner).n_lent:
+                check_idle(<Owner> owner)
+        return 0
+
+    cdef int _expand_deep(self, c.ggml_tensor * t) except -1:
+        """Add what t is computed from, operands first, in ggml's order but without its recursion."""
+        cdef c.ggml_tensor * cur
+        cdef size_t address
+        cdef int k
+        if self._expanded is None:
+            self._expanded = set()
+        todo = [(<size_t> t, 0)]
+        while todo:
+            address, k = todo.pop()
+            cur = <c.ggml_tensor *> address
+            while k < c.GGML_MAX_SRC and (cur.src[k] == NULL or <size_t> cur.src[k] in self._expanded):
+                k += 1
+            if k < c.GGML_MAX_SRC:
+                todo.append((address, k + 1))
+                todo.append((<size_t> cur.src[k], 0))
+            elif address not in self._expanded:
+                self._expanded.add(address)
+                c.ggml_build_forward_expand(self._ptr, cur)
+        return 0
+
     cdef int _changed(self) except -1:
         """Forget what was checked."""
-        self._supported_by = None
+        self._supported_by = self._homes = None
         return 0
 
     @property
@@ -116,6 +151,7 @@ cdef class CGraph:
         cdef c.ggml_cgraph * graph = self.ptr()
         check_idle(self.ctx)
         self._changed()
+        self._expanded = None
         self._n_cleared += 1
         self._n_backward = 0
         self._sched = None
@@ -169,8 +205,7 @@ cdef class CGraph:
         if not self.grads or self._n_backward:
             raise BackendError("build_backward: the graph was made without grads=True" if not self.grads else
                                "build_backward: the graph has its gradients already")
-        check_idle(self.ctx)
-        reach([self.ctx])
+        self._check_still()
         trained = find_trained(self)
         check_backward(self, trained)
         seen = set()
@@ -226,9 +261,8 @@ cdef class CGraph:
         cdef c.ggml_cgraph * other = NULL if forward is None else forward.ptr()
         cdef bytes name = os.fsencode(path)
         reach([self.ctx] if forward is None else [self.ctx, forward.ctx])
-        try:
-            with open(path, "w"):  # ggml aborts if it cannot open the file
-                pass
+        try:  # ggml aborts if it cannot open the file, and waits for the reader of a pipe
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0), 0o666))
         except OSError as exc:
             raise FileAccessError.of(path, exc) from exc
         c.ggml_graph_dump_dot(graph, other, name)
@@ -262,23 +296,74 @@ cdef class CGraph:
         return 0
 
     cdef int _check_supported(self, Backend backend, list owners) except -1:
-        """Raise unless the backend can compute every node; remembered until the graph grows."""
+        """Raise unless the backend can compute every node; remembered until the graph grows, or Slots are bound."""
         cdef int i
-        if self._supported_by is backend:
+        if self.was_checked(backend, owners):
             return 0
+        point_views(self)
         for i in range(c.ggml_graph_n_nodes(self._ptr)):
             self._check_node(backend, c.ggml_graph_node(self._ptr, i))
         check_writable(self, owners)
-        self._indices = find_indices(self)
+        check_work(self, backend)
+        self._indices = Indices(self)
         self._callbacks = find_callbacks(self._ptr)
-        self._supported_by = backend
+        return self.remember(backend, owners)
+
+    cdef bint was_checked(self, by, list owners) noexcept:
+        """Return whether the graph is as it was when a backend or scheduler was found to have all that it needs."""
+        return (self._supported_by is by and self._last_bind == self.ctx.last_bind
+                and self._foreign_bind == last_bind_of(owners, self.ctx))
+
+    cdef int remember(self, by, list owners) except -1:
+        self._supported_by, self._last_bind = by, self.ctx.last_bind
+        self._foreign_bind = last_bind_of(owners, self.ctx)
+        return 0
+
+    cdef int check_nodes_idle(self) except -1:
+        """Check that no computation uses the nodes of the graph."""
+        check_idle(self.ctx)
+        if self._homes is None:
+            self._homes = homes_of(self)
+        for owner in self._homes:
+            check_idle(<Owner> owner)
+        return 0
+
+    cdef list begin(self, Backend backend, list owners):
+        """Return the owners, and all that they depend on, occupied, when the graph can be computed."""
+        self.check_nodes_idle()
+        check_backend_idle(backend)
+        owners = occupy(owners)
+        try:
+            self._check_supported(backend, owners)
+            self._indices.read(self)
+            if self._callbacks:
+                arm(self._callbacks, self.ctx, [backend])
+        except BaseException:
+            vacate(owners)
+            raise
+        return owners
+
+    cdef int lend(self, Indices indices) except -1:
+        """Let the nodes compute with the indices as they were read, until restore()."""
+        self.ctx.n_lent += 1
+        for owner in self._homes:
+            (<Context> owner).n_lent += 1
+        indices.lend()
+        return 0
+
+    cdef int restore(self, Indices indices) except -1:
+        indices.restore()
+        for owner in self._homes:
+            (<Context> owner).n_lent -= 1
+        self.ctx.n_lent -= 1
         return 0
 
     cdef c.ggml_status _compute_into(self, Backend backend, Tensor result, out) except *:
         """Compute, and leave the bytes of `result` in the buffer `out`."""
         cdef Py_buffer view
+        cdef c.ggml_tensor copy
         cdef c.ggml_tensor * t
-        cdef void * own
+        cdef c.ggml_tensor ** nodes = c.ggml_graph_nodes(self._ptr)
         cdef c.ggml_status status
         cdef int last = c.ggml_graph_n_nodes(self._ptr) - 1
         cdef bint at_once
@@ -287,58 +372,65 @@ cdef class CGraph:
         PyObject_GetBuffer(out, &view, PyBUF_WRITABLE)
         try:
             t = result.range(0, 0)
-            own = t.data
             if <size_t> view.len != c.ggml_nbytes(t):
                 raise ShapeError(f"compute: {view.len} bytes for tensor {result.name!r} of {c.ggml_nbytes(t)}")
             # of the last node no other reads, so a CPU can as well write it elsewhere; device memory goes by address
-            at_once = (backend.threadpool is not None and t.view_src == NULL and not self._callbacks
-                       and last >= 0 and t == c.ggml_graph_node(self._ptr, last))
+            at_once = (backend.threadpool is not None and t.view_src == NULL and t.op != c.GGML_OP_NONE
+                       and not self._callbacks and last >= 0 and t == nodes[last] and is_apart(t, &view, 2))
             if at_once:
-                t.data = view.buf
+                copy = t[0]
+                copy.data, copy.extra = view.buf, t
+                copy.flags |= STAND_IN
+                nodes[last] = &copy
             with nogil:
                 status = c.ggml_backend_graph_compute(backend._ptr, self._ptr)
-                t.data = own
                 if not at_once and status == c.GGML_STATUS_SUCCESS:
                     c.ggml_backend_tensor_get(t, view.buf, 0, view.len)
+            if at_once:
+                nodes[last] = t
         finally:
             PyBuffer_Release(&view)
         return status
 
+    cdef c.ggml_status _compute(self, Backend backend, Tensor result, out) except *:
+        """Compute, the backend's threads where they belong, with the indices that were read."""
+        cdef c.ggml_status status
+        before = None if backend.threadpool is None else backend.threadpool.enter()
+        self.lend(self._indices)
+        try:
+            if result is not None:
+                return self._compute_into(backend, result, out)
+            with nogil:
+                status = c.ggml_backend_graph_compute(backend._ptr, self._ptr)
+            return status
+        finally:
+            self.restore(self._indices)
+            if before is not None:
+                backend.threadpool.leave(before)
+
     def compute(self, Backend backend not None, Tensor result=None, out=None):
         """Compute every node.  Releases the GIL.
 
+        What leaves pick rows or experts with is read when it starts.  Until it ends, nothing else can write into memory
+        that it uses, but through arrays that show it, see Tensor.to_numpy.
         result, out: a contiguous tensor, and the writable contiguous buffer that its bytes are wanted in; of the last
         node they are not copied but computed there.
-        Raises: ShapeError if `out` has another size or `result` another Context; ClosedError if an owner of a tensor
-        was closed, BackendError if the backend cannot compute a node, IndexRangeError if an input picks a row or expert
-        that is not there, BusyError if another thread computes with the backend or the graph, ComputeAborted if the
-        backend's abort flag was set.
+        Raises: ShapeError if `out` has another size or `result` another Context, or if a leaf that is written lies in
+        memory of a node; ClosedError if an owner of a tensor was closed, BackendError if the backend cannot compute a
+        node, IndexRangeError if an input picks a row or expert that is not there, BusyError while the backend or the
+        graph computes, ComputeAborted if the backend's abort flag was set, AllocError if there is no memory to compute.
         Wraps: ggml_backend_graph_compute.
         """
-        cdef c.ggml_cgraph * graph = self.ptr()
-        cdef c.ggml_backend_t b = backend.ptr()
         cdef c.ggml_status status
-        cdef list owners = [self.ctx, backend]
-        check_idle(self.ctx)
-        check_backend_idle(backend)
-        before = None
-        owners = acquire(owners)
+        self.ptr()
+        backend.ptr()
+        if (result is None) != (out is None):
+            raise ParameterError("compute: result and out are given both, or none of them")
+        cdef list owners = self.begin(backend, [self.ctx, backend])
         try:
-            self._check_supported(backend, owners)
-            check_indices(self, self._indices)
-            if self._callbacks:
-                arm(self._callbacks, self.ctx, [backend])
-            if backend.threadpool is not None:
-                before = backend.threadpool.enter()
-            if result is not None:
-                status = self._compute_into(backend, result, out)
-            else:
-                with nogil:
-                    status = c.ggml_backend_graph_compute(b, graph)
+            status = self._compute(backend, result, out)
         finally:
-            if before is not None:
-                backend.threadpool.leave(before)
-            release(owners)
+            vacate(owners)
         raise_status(self, status, "graph compute")
 
     def compute_async(self, Backend backend not None):
@@ -358,7 +450,7 @@ cdef class CGraph:
         cdef list owners = acquire([self.ctx, backend])
         try:
             self._check_supported(backend, owners)
-            check_indices(self, self._indices)
+            self._indices.read(self)
             with nogil:
                 status = c.ggml_backend_graph_compute_async(b, graph)
         except BaseException:
@@ -371,76 +463,4 @@ cdef class CGraph:
         return f"<CGraph of {self.n_nodes} nodes>"
 
 
-cdef class GAllocr(Owner):
-    """Own the memory of the nodes of one graph.
-
-    One allocator serves one graph: ggml's takes a tensor that has data for allocated, so an allocator that moved on
-    to another graph would leave the first one's nodes dangling.
-    Wraps: ggml_gallocr_new, ggml_gallocr_free.
-    """
-
-    def __cinit__(self, BufferType buffer_type not None):
-        self._ptr = c.ggml_gallocr_new(buffer_type.ptr())
-        if self._ptr == NULL:
-            raise AllocError("ggml_gallocr_new failed")
-
-    def __dealloc__(self):
-        self._release()
-
-    cdef bint _is_open(self) noexcept:
-        return self._ptr != NULL
-
-    cdef void _release(self) noexcept:
-        if self._ptr != NULL:
-            c.ggml_gallocr_free(self._ptr)
-            self._ptr = NULL
-
-    cdef bint owns(self, c.ggml_backend_buffer * buffer) noexcept:
-        return self._buffers is not None and <size_t> buffer in self._buffers
-
-    def alloc_graph(self, CGraph graph not None):
-        """Allocate every node and input of `graph` that has no data.
-
-        Raises: AllocError when there is not enough memory, BackendError for a second graph, ClosedError if an operand
-        from another Context has no data.
-        Wraps: ggml_gallocr_alloc_graph.
-        """
-        cdef c.ggml_cgraph * g = graph.ptr()
-        cdef bint ok
-        self.check()
-        if self._served:
-            raise BackendError("alloc_graph: this allocator serves a graph already")
-        check_idle(graph.ctx)
-        reach([graph.ctx])
-        check_foreign(graph)
-        check_not_empty(graph)
-        self._served = True
-        waiting = without_data(graph)
-        ok = c.ggml_gallocr_alloc_graph(self._ptr, g)  # with the GIL: nobody can close what the graph uses meanwhile
-        if not ok:
-            raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
-        self._buffers = buffers_of(waiting)
-        graph.ctx.depend_on(self)
-
-    def reserve(self, CGraph graph not None):
-        """Allocate the memory that `graph` needs, but none of its tensors: alloc_graph() of one not larger is quick.
-
-        Raises: as alloc_graph().
-        Wraps: ggml_gallocr_reserve.
-        """
-        cdef c.ggml_cgraph * g = graph.ptr()
-        self.check()
-        if self._served:
-            raise BackendError("reserve: this allocator serves a graph already")
-        check_idle(graph.ctx)
-        reach([graph.ctx])
-        check_foreign(graph)
-        check_not_empty(graph)
-        if not c.ggml_gallocr_reserve(self._ptr, g):
-            raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
-
-    @property
-    def nbytes(self):
-        """Return the bytes that were allocated.  Wraps: ggml_gallocr_get_buffer_size."""
-        self.check()
-        return c.ggml_gallocr_get_buffer_size(self._ptr, 0)
+include "allocr.pxi"

@@ -1,14 +1,8 @@
 # What graph.pyx checks before ggml would abort, or use memory that another owner has freed.
 
 cdef enum:
-    MAX_NODES = 1 << 15  # of a graph: ggml visits operands recursively, and a chain of more would exhaust the C stack
-
-
-cdef int check_idle(Owner owner) except -1:
-    """Check that no other thread computes with `owner`."""
-    if owner._in_use:
-        raise BusyError(f"{type(owner).__name__} is in use by a computation on another thread")
-    return 0
+    MAX_NODES = 1 << 15  # of a graph: many times what a model has
+    MAX_DEPTH = 1 << 11  # of ggml's recursion, 64 bytes a step: a thread's stack may have 256 KiB
 
 
 cdef int check_backend_idle(Backend backend) except -1:
@@ -91,18 +85,6 @@ cdef int check_foreign(CGraph graph) except -1:
     return 0
 
 
-cdef bint is_view(c.ggml_tensor * t) noexcept:
-    """Return whether t only shows another tensor's data."""
-    return t.op in (c.GGML_OP_VIEW, c.GGML_OP_RESHAPE, c.GGML_OP_PERMUTE, c.GGML_OP_TRANSPOSE)
-
-
-cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept:
-    """Return the tensor whose data t shows."""
-    while t.view_src != NULL:
-        t = t.view_src
-    return t
-
-
 cdef list written_by(c.ggml_tensor * t):
     """Return the addresses of the tensors whose data the node writes."""
     if t.op == c.GGML_OP_NONE or is_view(t):
@@ -121,15 +103,17 @@ cdef set written_roots(CGraph graph):
 
 
 cdef int check_writable(CGraph graph, list owners) except -1:
-    """Check that no node writes into a read-only mapping: the process would be ended."""
+    """Check that no node writes into a read-only mapping, which ends the process, nor into another node's memory."""
     cdef c.ggml_tensor * t
     cdef c.ggml_tensor * root
     cdef size_t address
-    cdef set checked = set()
+    cdef set checked = set(), leaves = set()
     for i in range(c.ggml_graph_n_nodes(graph._ptr)):
         t = c.ggml_graph_node(graph._ptr, i)
         for address in written_by(t):
             root = <c.ggml_tensor *> address
+            if root.op == c.GGML_OP_NONE and root.data != NULL:
+                leaves.add(address)
             if root.buffer == NULL or <size_t> root.buffer in checked:
                 continue
             for owner in owners:
@@ -137,138 +121,115 @@ cdef int check_writable(CGraph graph, list owners) except -1:
                     op = (<bytes> c.ggml_op_desc(t)).decode().lower()
                     raise DTypeError(f"{op}: tensor {graph._wrap(root).name!r} is in a read-only mapping")
             checked.add(<size_t> root.buffer)
+    for address in leaves:
+        check_apart(graph, <c.ggml_tensor *> address)
     return 0
 
 
-cdef c.ggml_tensor * indices_of(c.ggml_tensor * t, int64_t * bound) noexcept:
-    """Return the operand that picks rows or experts, from 0 to bound - 1, NULL if there is none."""
-    if t.op == c.GGML_OP_GET_ROWS:
-        bound[0] = t.src[0].ne[1]
-        return t.src[1]
-    if t.op == c.GGML_OP_SET_ROWS or t.op == c.GGML_OP_GET_ROWS_BACK:
-        bound[0] = t.ne[1]
-        return t.src[1]
-    if t.op == c.GGML_OP_MUL_MAT_ID:
-        bound[0] = t.src[0].ne[2]
-        return t.src[2]
-    if t.op == c.GGML_OP_ADD_ID:
-        bound[0] = t.src[1].ne[1]
-        return t.src[2]
-    if t.op == c.GGML_OP_SSM_SCAN:
-        bound[0] = t.src[0].ne[3]
-        return t.src[6]
-    return NULL
+cdef bint overlap(c.ggml_tensor * t, char * start, size_t nbytes) noexcept:
+    """Return whether some of a tensor's data is among nbytes from start."""
+    return t.data != NULL and <char *> t.data < start + nbytes and start < <char *> t.data + c.ggml_nbytes(t)
 
 
-cdef list find_indices(CGraph graph):
-    """Return (address, bound) of each leaf, or view of one, that picks rows or experts: all from 0 to bound - 1.
+cdef int check_apart(CGraph graph, c.ggml_tensor * leaf) except -1:
+    """Check that a leaf that is written does not lie in the memory of what is computed, as that of an array may."""
+    cdef c.ggml_tensor * t
+    cdef int i
+    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
+        t = c.ggml_graph_node(graph._ptr, i)
+        # what is in one buffer does not lie together, or one after the other: see Buffer.place
+        if t.view_src == NULL and t.op != c.GGML_OP_NONE and t.buffer != leaf.buffer:
+            if overlap(t, <char *> leaf.data, c.ggml_nbytes(leaf)):
+                raise ShapeError(f"tensor {graph._wrap(leaf).name!r} is written, and lies in the memory of "
+                                 f"{graph._wrap(t).name!r}, which is computed")
+    return 0
 
-    Indices that are computed are left out if they are in range whatever is computed, and refused otherwise.
+
+cdef int point_views(CGraph graph) except -1:
+    """Let each view that nodes use show where its tensor's data is now: Slots may have pointed that elsewhere."""
+    cdef c.ggml_tensor * t
+    cdef c.ggml_tensor * each
+    cdef int i, k
+    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
+        t = c.ggml_graph_node(graph._ptr, i)
+        for k in range(c.GGML_MAX_SRC + 1):
+            each = t.src[k] if k < c.GGML_MAX_SRC else t
+            if each != NULL and each.view_src != NULL and each.data != NULL:
+                each.data = <char *> each.view_src.data + each.view_offs
+    return 0
+
+
+cdef size_t last_bind_of(list owners, Context other) noexcept:
+    """Return the number of the last binding of Slots of any Context among the owners, but of one."""
+    cdef size_t last = 0
+    for owner in owners:
+        if isinstance(owner, Context) and owner is not other:
+            last = max(last, (<Context> owner).last_bind)
+    return last
+
+
+cdef list memory_of(CGraph graph):
+    """Return (start, end) of each buffer that nodes of the graph are computed in."""
+    cdef c.ggml_tensor * t
+    cdef int i
+    found = set()
+    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
+        t = c.ggml_graph_node(graph._ptr, i)
+        if t.op != c.GGML_OP_NONE and t.view_src == NULL and t.buffer != NULL:
+            found.add((<size_t> c.ggml_backend_buffer_get_base(t.buffer),
+                       <size_t> c.ggml_backend_buffer_get_base(t.buffer) + c.ggml_backend_buffer_get_size(t.buffer)))
+    return list(found)
+
+
+cdef list homes_of(CGraph graph):
+    """Return the other Contexts that own nodes of the graph."""
+    cdef c.ggml_tensor * t
+    cdef Context home = graph.ctx
+    found = []
+    for i in range(c.ggml_graph_n_nodes(graph._ptr) if graph.ctx.n_foreign else 0):
+        t = c.ggml_graph_node(graph._ptr, i)
+        if not home.holds(t) and not graph.ctx.holds(t):
+            home = graph.ctx.home(t)
+            if home not in found:
+                found.append(home)
+    return found
+
+
+cdef int check_work(CGraph graph, Backend backend) except -1:
+    """Check that there is memory for what the CPU's threads need beside the tensors: ggml ends the process without.
+
+    Its kernels take at most two rows for each thread; what else they need grows with tensors that have found memory.
     """
     cdef c.ggml_tensor * t
-    cdef c.ggml_tensor * ids
-    cdef c.ggml_tensor * leaf
-    cdef int64_t bound
-    cdef dict bounds = {}
-    writers = None
+    cdef size_t need
+    cdef int64_t longest = 0
+    cdef int i, k
+    if backend.threadpool is None:
+        return 0
     for i in range(c.ggml_graph_n_nodes(graph._ptr)):
         t = c.ggml_graph_node(graph._ptr, i)
-        ids = indices_of(t, &bound)
-        if ids == NULL or not c.ggml_nelements(ids):
-            continue
-        if writers is None:
-            writers = writers_of(graph)
-        leaf = trace(graph, t, ids, bound, writers)
-        if leaf != NULL:
-            bounds[<size_t> leaf] = min(bound, bounds.get(<size_t> leaf, bound))
-    return list(bounds.items())
-
-
-cdef dict writers_of(CGraph graph):
-    """Return {address of a tensor: number of nodes that write into its data}; of overlapping leaves, to each."""
-    cdef c.ggml_tensor * t
-    cdef c.ggml_tensor * src
-    cdef size_t address, start, end
-    cdef int k
-    writers, leaves = {}, set()
-    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
-        t = c.ggml_graph_node(graph._ptr, i)
-        for address in written_by(t):
-            writers[address] = writers.get(address, 0) + 1
+        longest = max(longest, t.ne[0])
         for k in range(c.GGML_MAX_SRC):
-            src = t.src[k]
-            if src != NULL and (src.type == c.GGML_TYPE_I32 or src.type == c.GGML_TYPE_I64):
-                src = root_of(src)
-                if src.op == c.GGML_OP_NONE and src.data != NULL:
-                    leaves.add(<size_t> src)
-    for address in list(writers):
-        t = <c.ggml_tensor *> address
-        if t.op == c.GGML_OP_NONE and t.data != NULL:
-            start, end = <size_t> t.data, <size_t> t.data + c.ggml_nbytes(t)
-            for other in leaves:
-                src = <c.ggml_tensor *> <size_t> other
-                if src != t and <size_t> src.data < end and start < <size_t> src.data + c.ggml_nbytes(src):
-                    writers[other] = writers.get(other, 0) + 1
-    return writers
-
-
-cdef c.ggml_tensor * trace(CGraph graph, c.ggml_tensor * t, c.ggml_tensor * ids, int64_t bound,
-                           dict writers) except? NULL:
-    """Return the leaf, or view of one, that the indices of node t are, NULL if they need not be looked at.
-
-    Raises: IndexRangeError if they are computed by what can pick more than bound rows.
-    """
-    cdef c.ggml_tensor * cur = ids
-    cdef c.ggml_tensor * root
-    while True:
-        root = root_of(cur)
-        if root.op == c.GGML_OP_NONE and writers.get(<size_t> root, 0) == 0:
-            return cur
-        if is_view(cur):
-            ids = cur.src[0]
-        elif writers.get(<size_t> root, 0) != 1 or cur.view_src != NULL and cur.op != c.GGML_OP_CPY:
-            break  # changed in place by other nodes
-        elif cur.op in (c.GGML_OP_ARGSORT, c.GGML_OP_TOP_K, c.GGML_OP_ARGMAX):
-            if max(cur.src[0].ne[0], 1) <= bound:
-                return NULL
-            break
-        elif cur.op in (c.GGML_OP_CONT, c.GGML_OP_DUP, c.GGML_OP_CPY) and cur.src[0].type == cur.type:
-            ids = cur.src[0]
-        else:
-            break
-        if ids == NULL:
-            break
-        cur = ids
-    op = (<bytes> c.ggml_op_desc(t)).decode().lower()
-    raise IndexRangeError(f"{op}: the indices {graph._wrap(cur).name!r} are computed by "
-                          f"{(<bytes> c.ggml_op_desc(cur)).decode()}, and may not be from 0 to {bound - 1}")
-
-
-cdef size_t offset_of(c.ggml_tensor * t, int64_t i) noexcept:
-    """Return the byte at which element i of a tensor of any strides is."""
-    cdef size_t at = 0
-    cdef int k
-    for k in range(c.GGML_MAX_DIMS):
-        at += <size_t> (i % t.ne[k]) * t.nb[k]
-        i //= t.ne[k]
-    return at
-
-
-cdef int check_indices(CGraph graph, list indices) except -1:
-    """Check the values of the leaves that find_indices found: ggml aborts on one out of range, or writes beyond."""
-    cdef c.ggml_tensor * t
-    cdef size_t address
-    cdef int64_t bound, value, i
-    cdef size_t at, size
-    cdef bint contiguous
-    for address, bound in indices:
-        t = <c.ggml_tensor *> address
-        if not c.ggml_backend_buffer_is_host(t.buffer if t.view_src == NULL else t.view_src.buffer):
-            continue  # on a device, whose kernels have checks of their own
-        contiguous, size = c.ggml_is_contiguous(t), c.ggml_type_size(t.type)
-        for i in range(c.ggml_nelements(t)):
-            at = i * size if contiguous else offset_of(t, i)
-            value = (<int64_t *> (<char *> t.data + at))[0] if size == 8 else (<int32_t *> (<char *> t.data + at))[0]
-            if value < 0 or value >= bound:
-                raise IndexRangeError(f"tensor {graph._wrap(t).name!r} picks row {value} of {bound}, at position {i}")
+            if t.src[k] != NULL:
+                longest = max(longest, t.src[k].ne[0])
+    need = 2 * sizeof(float) * <size_t> backend.n_threads * <size_t> longest
+    cdef void * attempt = malloc(need)
+    if attempt == NULL:
+        raise AllocError(f"no memory for {backend.n_threads} threads that need {need} bytes")
+    free(attempt)
     return 0
+
+
+cdef bint is_apart(c.ggml_tensor * t, Py_buffer * view, int depth) noexcept:
+    """Return whether a node's result can go into a buffer: what it reads is not there.
+
+    depth: 2, as ggml computes a normalisation and a product at once, reading the operands of the former.
+    """
+    cdef c.ggml_tensor * src
+    cdef int k
+    for k in range(c.GGML_MAX_SRC):
+        src = t.src[k]
+        if src != NULL and (overlap(src, <char *> view.buf, view.len)
+                            or depth > 1 and not is_apart(src, view, depth - 1)):
+            return False
+    return True

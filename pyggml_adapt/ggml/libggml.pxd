@@ -153,6 +153,7 @@ cdef extern from "ggml.h" nogil:
         size_t view_offs
         void * data
         char name[64]
+        void * extra
 
     ctypedef void (*ggml_to_float_t)(const void * x, float * y, int64_t k)
 
@@ -209,6 +210,7 @@ cdef extern from "ggml.h" nogil:
     ggml_cgraph * ggml_new_graph_custom(ggml_context * ctx, size_t size, bool grads)
     void ggml_build_forward_expand(ggml_cgraph * cgraph, ggml_tensor * tensor)
     int ggml_graph_n_nodes(ggml_cgraph * cgraph)
+    ggml_tensor ** ggml_graph_nodes(ggml_cgraph * cgraph)
     ggml_tensor * ggml_graph_node(ggml_cgraph * cgraph, int i)
     void ggml_graph_cpy(ggml_cgraph * src, ggml_cgraph * dst)
     void ggml_graph_reset(ggml_cgraph * cgraph)

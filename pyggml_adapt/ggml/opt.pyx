@@ -6,10 +6,9 @@ from libc.stdint cimport int32_t, int64_t
 from pyggml_adapt.ggml cimport libopt as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport find_callbacks
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, count, reach, release
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, check_idle, count, reach, release
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, buffers_of, check_backend_idle, check_foreign, check_idle, check_indices, check_writable, find_indices,
-    nodes_of, without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_writable, nodes_of, without_data,
 )
 from pyggml_adapt.ggml.sched cimport Sched
 
@@ -363,7 +362,7 @@ cdef class OptContext:
                 raise ShapeError(f"eval: a result of (loss, opt_period, batch) {result._made_by} for {made_by}")
             result.check_idle()
             into = result._ptr
-        check_indices(self._plan.graph, self._plan.indices)
+        self._plan.indices.read(self._plan.graph)
         before = []
         try:
             for backend in self.sched.backends:
@@ -424,7 +423,7 @@ cdef class OptContext:
         try:
             with nogil:
                 c.ggml_opt_dataset_get_batch(dataset._ptr, inputs, c.ggml_opt_labels(ptr), ibatch)
-            check_indices(self._plan.graph, self._plan.indices)  # so that nothing is left half done
+            self._plan.indices.read(self._plan.graph)  # so that nothing is left half done
             self._alloc(backward)
             self._eval(result)
         finally:

@@ -11,7 +11,8 @@ cdef class Plan:
     """A training step, built but never computed."""
 
     cdef CGraph graph
-    cdef list indices, leaves
+    cdef Indices indices
+    cdef list leaves
     cdef int n_nodes, n_leaves, n_params, n_tensors
 
 
@@ -39,7 +40,7 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     plan.leaves = leaves_of(plan.graph)
     plan.n_params = sum([1 for address in nodes_of(plan.graph) if is_param(address)])
     plan.graph.build_backward()
-    plan.indices = find_indices(plan.graph)
+    plan.indices = Indices(plan.graph)
     if find_callbacks(plan.graph._ptr):
         raise BackendError("OptContext: a graph with custom ops cannot be trained")
     seen = set()

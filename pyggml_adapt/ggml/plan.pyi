@@ -1,10 +1,10 @@
-from typing_extensions import disjoint_base
+from typing import final
 
 from pyggml_adapt.ggml.backend import Backend
 from pyggml_adapt.ggml.context import Owner
 from pyggml_adapt.ggml.graph import CGraph
 
-@disjoint_base
+@final
 class GraphPlan(Owner):
     def __new__(cls, backend: Backend, graph: CGraph) -> GraphPlan: ...
     @property

@@ -1,14 +1,16 @@
 """Plans: a graph prepared to be computed on the CPU over and over."""
 
+cimport cython
+
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.backend cimport Backend
-from pyggml_adapt.ggml.callback cimport arm
-from pyggml_adapt.ggml.context cimport Owner, acquire, reach, release
-from pyggml_adapt.ggml.graph cimport CGraph, check_backend_idle, check_idle, check_indices, raise_status
+from pyggml_adapt.ggml.context cimport Owner, reach, vacate
+from pyggml_adapt.ggml.graph cimport CGraph, raise_status
 
 from pyggml_adapt.errors import AllocError, BackendError
 
 
+@cython.final
 cdef class GraphPlan(Owner):
     """Own what a CPU backend needs to compute a graph as it is now: work memory, and the division over threads.
 
@@ -26,6 +28,7 @@ cdef class GraphPlan(Owner):
         cdef c.ggml_cgraph * g = graph.ptr()
         if backend.threadpool is None or backend.ptr() == NULL:
             raise BackendError(f"{backend.name} has no graph plans: only CPU backends have")
+        graph.check_nodes_idle()
         graph._check_supported(backend, reach([graph.ctx, backend]))
         self.backend, self.graph = backend, graph
         self._n_cleared, self._n_nodes = graph._n_cleared, graph.n_nodes
@@ -63,19 +66,16 @@ cdef class GraphPlan(Owner):
         reach([self])
         if graph._n_cleared != self._n_cleared or graph.n_nodes != self._n_nodes:
             raise BackendError("GraphPlan.compute: the graph has changed since the plan was made")
-        check_idle(graph.ctx)
-        check_backend_idle(backend)
-        cdef list owners = acquire([self])
-        before = None
+        cdef list owners = graph.begin(backend, [self])
         try:
-            graph._check_supported(backend, owners)
-            check_indices(graph, graph._indices)
-            if graph._callbacks:
-                arm(graph._callbacks, graph.ctx, [backend])
             before = backend.threadpool.enter()
-            with nogil:
-                status = c.ggml_backend_graph_plan_compute(backend._ptr, self._plan)
+            graph.lend(graph._indices)
+            try:
+                with nogil:
+                    status = c.ggml_backend_graph_plan_compute(backend._ptr, self._plan)
+            finally:
+                graph.restore(graph._indices)
+                backend.threadpool.leave(before)
         finally:
-            backend.threadpool.leave(before)
-            release(owners)
+            vacate(owners)
         raise_status(graph, status, "graph plan compute")

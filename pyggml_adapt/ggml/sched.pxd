@@ -1,14 +1,18 @@
+cimport cython
+
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.context cimport Owner
-from pyggml_adapt.ggml.graph cimport CGraph
+from pyggml_adapt.ggml.graph cimport CGraph, Indices
 
 
+@cython.final
 cdef class Sched(Owner):
     cdef c.ggml_backend_sched_t _ptr
-    cdef readonly list backends
+    cdef readonly tuple backends
     cdef readonly int graph_size
-    cdef list _indices, _pending, _kept
+    cdef Indices _indices
+    cdef list _pending, _kept
     cdef set _buffers, _assigned, _members
     cdef object _split  # weak reference to the Context of the graph that was divided last
     cdef object _eval, _error

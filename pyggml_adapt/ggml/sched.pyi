@@ -1,17 +1,15 @@
 from collections.abc import Callable, Iterable
-from typing import Any
-
-from typing_extensions import disjoint_base
+from typing import Any, final
 
 from pyggml_adapt.ggml.backend import Backend
 from pyggml_adapt.ggml.context import Owner, Tensor
 from pyggml_adapt.ggml.graph import CGraph
 
-@disjoint_base
+@final
 class Sched(Owner):
     def __new__(cls, backends: Iterable[Backend], graph_size: int = 2048) -> Sched: ...
     @property
-    def backends(self) -> list[Backend]: ...
+    def backends(self) -> tuple[Backend, ...]: ...
     @property
     def graph_size(self) -> int: ...
     def alloc_graph(self, graph: CGraph) -> None: ...

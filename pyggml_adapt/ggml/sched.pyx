@@ -5,10 +5,12 @@ import weakref
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport arm, find_callbacks
-from pyggml_adapt.ggml.context cimport Owner, Tensor, acquire, count, reach, release
+from pyggml_adapt.ggml.context cimport (
+    Owner, Tensor, acquire, check_idle, count, is_view, occupy, reach, release, vacate,
+)
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, buffers_of, check_backend_idle, check_foreign, check_idle, check_indices, check_not_empty, check_size,
-    check_writable, find_indices, nodes_of, raise_status, without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_not_empty, check_size, check_work,
+    check_writable, nodes_of, point_views, raise_status, without_data,
 )
 
 from pyggml_adapt.errors import AllocError, BackendError, BusyError, ComputeAborted, DTypeError, ShapeError
@@ -37,7 +39,7 @@ cdef class Sched(Owner):
         cdef c.ggml_backend_t ptrs[16]
         check_size(graph_size)
         self.graph_size = graph_size
-        self.backends = list(backends)
+        self.backends = tuple(backends)
         self._assigned, self._pending, self._kept = set(), [], []
         if not 1 <= len(self.backends) <= 16:
             raise BackendError(f"Sched: {len(self.backends)} backends, not 1 to 16")
@@ -108,7 +110,7 @@ cdef class Sched(Owner):
             acc = c.ggml_graph_get_grad_acc(graph._ptr, t) if graph._n_backward else NULL
             if acc != NULL:  # which need not be any node's operand
                 self._place_leaf(acc, last)
-            if t.op in (c.GGML_OP_VIEW, c.GGML_OP_RESHAPE, c.GGML_OP_PERMUTE, c.GGML_OP_TRANSPOSE):
+            if is_view(t):
                 self._place_leaf(t.src[0], last)
         return 0
 
@@ -149,7 +151,7 @@ cdef class Sched(Owner):
         cdef bint ok
         self._check_split(graph, "alloc_graph")
         check_writable(graph, reach([graph.ctx]))
-        self._indices = find_indices(graph)  # before leaves are replaced by copies on other backends
+        self._indices = Indices(graph)  # before leaves are replaced by copies on other backends
         graph._callbacks = find_callbacks(g)
         self._members = set()
         count(nodes_of(graph), self._members)
@@ -162,7 +164,7 @@ cdef class Sched(Owner):
         if not ok:
             raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
         self._buffers = buffers_of(waiting)
-        graph._sched = graph._supported_by = self
+        graph._sched, graph._supported_by = self, None
         self._n_nodes = graph.n_nodes
 
     def reserve(self, CGraph graph not None):
@@ -291,20 +293,23 @@ cdef class Sched(Owner):
         self.check()
         if graph._sched is not self or not self._served or graph.n_nodes != self._n_nodes:
             raise BackendError("compute: the graph was not allocated by this scheduler, or has grown since")
-        check_idle(graph.ctx)
+        graph.check_nodes_idle()
         for backend in self.backends:
             check_backend_idle(backend)
-        owners = acquire([graph.ctx, self])
+        owners = occupy([graph.ctx, self])
         try:
-            if graph._supported_by is not self:
+            if not graph.was_checked(self, owners):
+                point_views(graph)
                 check_writable(graph, owners)
-                graph._supported_by = self
-            check_indices(graph, self._indices)
+                for backend in self.backends:
+                    check_work(graph, backend)
+                graph.remember(self, owners)
+            self._indices.read(graph)
+            if graph._callbacks or self._eval is not None:
+                arm(graph._callbacks, graph.ctx, self.backends)
         except BaseException:
-            release(owners)
+            vacate(owners)
             raise
-        if graph._callbacks or self._eval is not None:
-            arm(graph._callbacks, graph.ctx, self.backends)
         self._showing, self._error, self._stopped = graph, None, False
         return owners
 
@@ -313,6 +318,7 @@ cdef class Sched(Owner):
         cdef c.ggml_status status
         cdef Backend backend
         before = []
+        graph.lend(self._indices)
         try:
             for backend in self.backends:
                 if backend.threadpool is not None:
@@ -323,6 +329,7 @@ cdef class Sched(Owner):
                 else:
                     status = c.ggml_backend_sched_graph_compute_async(self._ptr, graph._ptr)
         finally:
+            graph.restore(self._indices)
             for backend, each in reversed(before):
                 backend.threadpool.leave(each)
         return status
@@ -351,7 +358,7 @@ cdef class Sched(Owner):
         try:
             status = self._run(graph, True)
         finally:
-            release(owners)
+            vacate(owners)
         self._end(graph, status)
 
     def compute_async(self, CGraph graph not None):
@@ -366,7 +373,7 @@ cdef class Sched(Owner):
         try:
             status = self._run(graph, False)
         except BaseException:
-            release(owners)
+            vacate(owners)
             raise
         self._pending.append(owners)
         self._waiting = True
@@ -378,12 +385,13 @@ cdef class Sched(Owner):
         Raises: ClosedError if it was closed, or one of its backends.
         Wraps: ggml_backend_sched_synchronize.
         """
-        reach([self])
+        owners = acquire([self])
         with nogil:
             c.ggml_backend_sched_synchronize(self._ptr)
+        release(owners)
         self._waiting = False
         while self._pending:
-            release(self._pending.pop())
+            vacate(self._pending.pop())
 
     @property
     def n_splits(self):

@@ -1,14 +1,18 @@
+cimport cython
+
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.context cimport Owner
 from pyggml_adapt.ggml.graph cimport CGraph
 
 
+@cython.final
 cdef class _Binding(Owner):
     pass
 
 
+@cython.final
 cdef class TensorTable:
-    cdef readonly list tensors, scales
+    cdef readonly tuple tensors, scales
     cdef readonly object signature
     cdef Py_ssize_t n
     cdef void ** _data
@@ -17,6 +21,7 @@ cdef class TensorTable:
     cdef frozenset _readonly  # which tensors are in read-only mappings
 
 
+@cython.final
 cdef class Slots:
     cdef readonly CGraph graph
     cdef readonly TensorTable table
@@ -25,5 +30,8 @@ cdef class Slots:
     cdef Py_ssize_t n, n_views
     cdef int _n_nodes
     cdef frozenset _written  # which slots nodes of the graph write into
+    cdef list _memory  # (start, end) of each buffer that nodes of the graph are in
     cdef c.ggml_tensor ** _slots
     cdef c.ggml_tensor ** _views
+    cdef int _check_apart(self, TensorTable table, Py_ssize_t i) except -1
+    cdef int _announce(self) except -1

@@ -1,12 +1,10 @@
 from collections.abc import Iterable
-from typing import Any
-
-from typing_extensions import disjoint_base
+from typing import Any, final
 
 from pyggml_adapt.ggml.context import Tensor
 from pyggml_adapt.ggml.graph import CGraph
 
-@disjoint_base
+@final
 class TensorTable:
     def __new__(cls, tensors: Iterable[Tensor], scales: Iterable[float] = ()) -> TensorTable: ...
     @property
@@ -17,7 +15,7 @@ class TensorTable:
     def signature(self) -> Any: ...
     def __len__(self) -> int: ...
 
-@disjoint_base
+@final
 class Slots:
     def __new__(cls, graph: CGraph) -> Slots: ...
     @property

@@ -3,17 +3,21 @@
 from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Owner, Tensor, reach
-from pyggml_adapt.ggml.graph cimport CGraph, check_idle, written_roots
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, reach, root_of
+from pyggml_adapt.ggml.graph cimport CGraph, memory_of, written_roots
 
 from pyggml_adapt.errors import BackendError, DTypeError, ShapeError
 
+cdef size_t n_bindings = 0  # of any Slots, ever
 _signatures = {}  # one object for each signature, so that tables compare by identity
 
 
 cdef c.ggml_tensor * check_source(Tensor tensor) except NULL:
     """Return the pointer if a slot can point at the tensor's data."""
     cdef c.ggml_tensor * t = tensor.with_data()
+    cdef Context home = tensor.ctx.home(root_of(t))
+    if home.slots is not None and <size_t> root_of(t) in home.slots:
+        raise BackendError(f"tensor {tensor.name!r} is a slot, or a view of one: what it shows can change")
     if not c.ggml_is_contiguous(t):
         raise ShapeError(f"tensor {tensor.name!r} is not contiguous: a slot cannot point at it")
     return t
@@ -43,15 +47,15 @@ cdef class TensorTable:
     """What slots point at: one allocated tensor for each slot, in the slots' order, and the factors of scale nodes.
 
     tensors: contiguous Tensors that have data; they and their buffers stay alive with the table.
-    Raises: ClosedError if a tensor has no data, ShapeError if one is not contiguous.
+    Raises: ClosedError if a tensor has no data, ShapeError if one is not contiguous, BackendError for a slot.
     """
 
     def __cinit__(self, tensors, scales=()):
         cdef Py_ssize_t i
         cdef Tensor tensor
         cdef c.ggml_tensor * t
-        self.tensors = list(tensors)
-        self.scales = [<float> each for each in scales]
+        self.tensors = tuple(tensors)
+        self.scales = tuple([<float> each for each in scales])
         self.n = len(self.tensors)
         self._data = <void **> calloc(self.n + 1, sizeof(void *))
         self._buffers = <c.ggml_backend_buffer **> calloc(self.n + 1, sizeof(void *))
@@ -98,7 +102,8 @@ cdef class Slots:
     def add(self, Tensor source not None):
         """Return a new leaf with the type, shape and name of `source`, pointing at its data.
 
-        Raises: ClosedError if the source has no data, ShapeError if it is not contiguous, BackendError after seal().
+        Raises: ClosedError if the source has no data, ShapeError if it is not contiguous, BackendError for a slot, and
+        after seal().
         """
         cdef c.ggml_tensor * s = check_source(source)
         if self._slots != NULL:
@@ -107,6 +112,9 @@ cdef class Slots:
         leaf._ptr.data = s.data
         leaf._ptr.buffer = source.buffer()
         self._binding.depend_on(source.ctx)
+        if self.graph.ctx.slots is None:
+            self.graph.ctx.slots = set()
+        self.graph.ctx.slots.add(<size_t> leaf._ptr)
         self._tensors.append((leaf, source))
         return leaf
 
@@ -147,6 +155,7 @@ cdef class Slots:
             self._slots[i] = (<Tensor> self._tensors[i][0])._ptr
             roots.add(<size_t> self._slots[i])
         written = written_roots(self.graph)
+        self._memory = memory_of(self.graph)
         self._written = frozenset([i for i in range(self.n) if <size_t> self._slots[i] in written])
         for k in range(n_nodes):
             t = c.ggml_graph_node(self.graph._ptr, k)
@@ -160,7 +169,8 @@ cdef class Slots:
         """Point the slots at the tensors of `table`, if they do not point there already.
 
         Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
-        before seal() or if the graph has grown since; DTypeError if the graph would write into a read-only mapping.
+        before seal() or if the graph has grown since; DTypeError if the graph would write into a read-only mapping,
+        ShapeError if into memory of its nodes.
         """
         cdef Py_ssize_t i
         cdef c.ggml_tensor * t
@@ -175,6 +185,8 @@ cdef class Slots:
         if table._readonly and not self._written.isdisjoint(table._readonly):
             names = [table.tensors[i].name for i in self._written & table._readonly]
             raise DTypeError(f"Slots.bind: tensor {names[0]!r} is in a read-only mapping, and the graph writes into it")
+        for i in self._written:
+            self._check_apart(table, i)
         for i in range(len(self._scales)):
             (<float *> (<Tensor> self._scales[i])._ptr.op_params)[0] = table.scales[i]
         for i in range(self.n):
@@ -186,6 +198,28 @@ cdef class Slots:
             t.buffer = t.view_src.buffer
         self.table = table
         self._binding._uses = table._owners
+        self._announce()
+
+    cdef int _check_apart(self, TensorTable table, Py_ssize_t i) except -1:
+        """Check that what would be written is not in memory that the graph's nodes are computed in."""
+        cdef size_t start = <size_t> table._data[i]
+        cdef size_t end = start + c.ggml_nbytes(self._slots[i])
+        cdef size_t first, last
+        for first, last in self._memory:
+            if start < last and first < end:
+                raise ShapeError(f"Slots.bind: tensor {table.tensors[i].name!r} is in memory of the graph's nodes, and "
+                                 f"the graph writes into it")
+        return 0
+
+    cdef int _announce(self) except -1:
+        """Let other graphs that show the slots look again."""
+        global n_bindings
+        cdef bint known = self.graph._last_bind == self.graph.ctx.last_bind
+        n_bindings += 1
+        self.graph.ctx.last_bind = n_bindings
+        if known:
+            self.graph._last_bind = n_bindings
+        return 0
 
     def _first_difference(self, TensorTable table):
         if table.n != self.n:

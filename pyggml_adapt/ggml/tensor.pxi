@@ -33,6 +33,8 @@ cdef class Tensor:
             found = t.buffer if t.view_src == NULL else t.view_src.buffer
         if found == NULL:
             raise ClosedError(f"tensor {self.name!r} has no data: it is not allocated")
+        if t.view_src != NULL:  # which Slots may have pointed elsewhere
+            t.data = <char *> t.view_src.data + t.view_offs
         return found
 
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL:
@@ -155,7 +157,7 @@ cdef class Tensor:
         """Copy a contiguous buffer (bytes, NumPy array) into the tensor's bytes at `offset`.
 
         Raises: ShapeError if it does not fit, ClosedError if the tensor has no data, DTypeError if its buffer is a
-        read-only mapping.  Releases the GIL.
+        read-only mapping, BusyError while a computation uses its memory.  Releases the GIL.
         Wraps: ggml_backend_tensor_set.
         """
         cdef list held = acquire([self.ctx])
@@ -288,10 +290,14 @@ cdef class Tensor:
             release(held)
 
     cdef int check_writable(self, list held) except -1:
-        """Check that the data is in no read-only mapping of these owners."""
+        """Check that the data is in no read-only mapping of these owners, and that no computation uses its memory."""
+        cdef c.ggml_backend_buffer * buffer = self.buffer()
+        cdef Owner owner
         for owner in held:
-            if (<Owner> owner).owns_readonly(self.buffer()):
+            if owner.owns_readonly(buffer):
                 raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
+            if owner._computing and owner.owns(buffer):
+                raise BusyError(f"tensor {self.name!r} cannot be written: a computation uses its memory")
         return 0
 
     def to_numpy(self):
@@ -372,46 +378,40 @@ cdef class Tensor:
         cdef c.ggml_tensor * t = self.with_data()
         cdef c.ggml_backend_buffer * memory = self.buffer()
         cdef Owner owner = None
-        cdef bint readonly
-        cdef int i
+        cdef bytes code = _FORMATS.get(self.type)
         for each in reach([self.ctx]):
             if (<Owner> each).owns(memory):
                 owner = <Owner> each
                 break
         if owner is None or not c.ggml_backend_buffer_is_host(memory):
             raise BufferError(f"tensor {self.name!r} is in memory that the CPU cannot address")
-        readonly = owner.owns_readonly(memory)
-        if self.type not in _FORMATS and t.nb[0] != c.ggml_type_size(t.type):
+        if code is None and t.nb[0] != c.ggml_type_size(t.type):
             raise BufferError(f"tensor {self.name!r} of type {self.type.name} has no contiguous rows; "
                               f"use ops.cont first")
-        if flags & PyBUF_WRITABLE and readonly:
+        view.readonly = owner.owns_readonly(memory)
+        if flags & PyBUF_WRITABLE and view.readonly:
             raise BufferError(f"tensor {self.name!r} is in a read-only mapping")
-        if not (flags & PyBUF_STRIDES) == PyBUF_STRIDES and not c.ggml_is_contiguous(t):
-            raise BufferError(f"tensor {self.name!r} is not contiguous")
-        cdef bytes code = _FORMATS.get(self.type)
         cdef Export * export = <Export *> PyMem_Malloc(sizeof(Export))
         if export == NULL:
             raise MemoryError
         describe(export, t, code is None)
-        view.format = b"B"
-        for each in _FORMATS.values():  # which live as long as the module
-            if each == code:
-                view.format = each
-        export.owner = <PyObject *> owner
-        Py_INCREF(owner)
-        owner._n_exports += 1
         view.obj, view.buf, view.internal = self, t.data, export
+        view.shape, view.strides, view.suboffsets = export.shape, export.strides, NULL
         view.itemsize = 1 if code is None else c.ggml_type_size(t.type)
         view.ndim = n_dims(t)
         view.len = view.itemsize
         for i in range(view.ndim):
             view.len *= export.shape[i]
-        view.readonly = readonly
-        view.shape = export.shape if flags & PyBUF_ND else NULL
-        view.strides = export.strides if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
-        view.suboffsets = NULL
-        if not flags & PyBUF_FORMAT:
-            view.format = NULL
+        view.format = b"B"
+        for each in _FORMATS.values():  # which live as long as the module
+            if each == code:
+                view.format = each
+        if not grant(view, flags):
+            PyMem_Free(export)
+            raise BufferError(f"tensor {self.name!r} is not contiguous")
+        export.owner = <PyObject *> owner
+        Py_INCREF(owner)
+        owner._n_exports += 1
 
     def __releasebuffer__(self, Py_buffer * view):
         cdef Export * export = <Export *> view.internal

@@ -29,6 +29,27 @@ cdef void describe(Export * export, c.ggml_tensor * t, bint as_bytes) noexcept:
         export.shape[n - 1], export.strides[n - 1] = c.ggml_row_size(t.type, t.ne[0]), 1
 
 
+cdef bint grant(Py_buffer * view, int flags) noexcept:
+    """Return whether the buffer is as contiguous as was asked for; take away what was not asked for."""
+    cdef bint strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES
+    if (flags & PyBUF_ANY_CONTIGUOUS) == PyBUF_ANY_CONTIGUOUS:
+        if not PyBuffer_IsContiguous(view, b"A"):
+            return False
+    elif (flags & PyBUF_F_CONTIGUOUS) == PyBUF_F_CONTIGUOUS:
+        if not PyBuffer_IsContiguous(view, b"F"):
+            return False
+    elif not strides or (flags & PyBUF_C_CONTIGUOUS) == PyBUF_C_CONTIGUOUS:
+        if not PyBuffer_IsContiguous(view, b"C"):
+            return False
+    if not strides:
+        view.strides = NULL
+    if not flags & PyBUF_ND:
+        view.shape = NULL
+    if not flags & PyBUF_FORMAT:
+        view.format = NULL
+    return True
+
+
 cdef Context home_of(Tensor a, Tensor b):
     """Return the context that the result of an operator lives in: of the one that is computed, else the left one's."""
     if a.ctx is b.ctx or a.ptr().op != c.GGML_OP_NONE or b.ptr().op == c.GGML_OP_NONE:

@@ -118,7 +118,7 @@ cdef class Threadpool(Owner):
         cdef pool_set_t pool_set = <pool_set_t> find_cpu("ggml_backend_cpu_set_threadpool")
         self.ptr()
         if self._in_use:
-            raise BusyError("Threadpool is in use by a computation on another thread")
+            raise BusyError("Threadpool is in use by a computation that has not ended")
         if self._handle == NULL:
             self._handle = c.ggml_backend_dev_init(cpu_device(), NULL)
         if self._handle == NULL or pool_set == NULL:

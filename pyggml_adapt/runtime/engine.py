@@ -98,7 +98,10 @@ class Program:
     def run(self, backend: Backend, batch: UBatch | Step, out: np.ndarray | None) -> None:
         """Compute `batch` and write what it wants into out, see Engine.eval().  Releases the GIL."""
         batch.fill(self.inputs)
-        self.graph.compute(backend, self.result, out)
+        if self.result is None:
+            self.graph.compute(backend)
+        else:
+            self.graph.compute(backend, self.result, out)
         for il, state in self._states.items():
             state.get_data(batch.states[il])
 

@@ -246,7 +246,7 @@ def test_abort_from_another_thread(busy):
 def test_in_use_by_another_thread(busy):
     backend = Backend(n_threads=1)
     work, second = Work(backend, 3000), Work(backend, 1)
-    message = r"^{} is in use by a computation on another thread$"
+    message = r"^{} is in use by a computation that has not ended$"
     with busy(work) as run:
         for owner in (work.ctx, work.allocr, backend):
             with pytest.raises(BusyError, match=message.format(type(owner).__name__)):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 import pytest
 
-from pyggml_adapt.errors import DTypeError, IndexRangeError
+from pyggml_adapt.errors import DTypeError, IndexRangeError, ShapeError
 from pyggml_adapt.ggml import Buffer, CGraph, Context, Device, GAllocr, Slots, Tensor, TensorTable, Type, ops
 
 
@@ -53,21 +51,19 @@ def test_nothing_is_written_into_a_mapping(g, backend, how):
     g.compute(backend, IN_PLACE[how](g.ctx, Tensor.from_numpy(g.ctx, writable), g.leaf(4)))
 
 
-def test_a_node_that_was_placed_in_a_mapping(g, backend, tmp_path):
-    """It is not only in-place ops that write: any node's own data may lie there."""
-    (tmp_path / "f").write_bytes(bytes(4096))
-    with open(tmp_path / "f", "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
-        with Buffer.from_mapping(mapping) as buffer:
-            x = g.leaf(4)
-            y = ops.silu(g.ctx, x)
-            y.name = "y"
+def test_where_a_node_cannot_be_placed(g):
+    """What allocates graphs knows which memory is free meanwhile."""
+    y = ops.silu(g.ctx, g.leaf(4))
+    y.name = "y"
+    with Buffer.allocate(Device.cpu().buffer_type, 64) as buffer:
+        with pytest.raises(
+            ShapeError, match=r"^place: tensor 'y' is computed by SILU: GAllocr, Sched or alloc_tensors"
+        ):
             buffer.place(y, 0)
-            with pytest.raises(DTypeError, match=r"^silu: tensor 'y' is in a read-only mapping$"):
-                g.compute(backend, y)
-            reading = Graph()
-            w = reading.ctx.new_tensor(Type.F32, (4,))
-            buffer.place(w, 0)
-            reading.compute(backend, ops.silu(reading.ctx, w))
+    owner, other = Context(Context.size_for(2)), Context(Context.size_for(1))
+    owner.new_tensor(Type.F32, (4,))
+    with pytest.raises(ShapeError, match=r"^place: the buffer is that of all tensors of a Context$"):
+        owner.alloc_tensors(Device.cpu().buffer_type).place(other.new_tensor(Type.F32, (4,)), 0)
 
 
 def test_a_slot_that_is_written(g, backend):

@@ -135,7 +135,7 @@ def test_a_pool_that_is_busy():
     thread.start()
     entered.wait(10)
     for use in (lambda: quick.graph.compute(second), pool.close, pool.pause, pool.resume):
-        with pytest.raises(BusyError, match=r"^Threadpool is in use by a computation on another thread$"):
+        with pytest.raises(BusyError, match=r"^Threadpool is in use by a computation that has not ended$"):
             use()
     leave.set()
     thread.join()
