@@ -53,7 +53,7 @@ class AtomicFile:
                 name = self._new_name()
                 self._fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
                 self._temp = name
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # of a NUL in the path
             raise FileAccessError.of(self.path, exc) from exc
 
     def _new_name(self) -> str:
@@ -107,7 +107,7 @@ class AtomicFile:
         """Have the bytes written so far reach the disk."""
         try:
             os.fsync(self._fd)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # of a file that was closed
             raise FileAccessError.of(self.path, exc) from exc
 
     def commit(self) -> None:
@@ -172,7 +172,7 @@ def _publish(file: AtomicFile) -> None:
         file._publish()
     except FileExistsError as exc:
         raise OverwriteError(f"{file.path}: the file came into being while its replacement was written") from exc
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise FileAccessError.of(file.path, exc) from exc
 
 

@@ -1,10 +1,9 @@
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Final, Protocol, SupportsIndex
+from typing import Any, Final, Protocol, SupportsIndex, final
 
 from numpy.typing import NDArray
-from typing_extensions import disjoint_base
 
 from pyggml_adapt.errors import StrPath
 from pyggml_adapt.ggml.atomic import AtomicFile as AtomicFile
@@ -18,7 +17,7 @@ COUNT_MAX: Final[int]
 class _Sink(Protocol):
     def write(self, data: memoryview, /) -> Any: ...
 
-@disjoint_base
+@final
 class GGUFReader:
     def __new__(cls, path: StrPath) -> GGUFReader: ...
     @property
@@ -48,7 +47,7 @@ class GGUFReader:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None: ...
 
-@disjoint_base
+@final
 class GGUFWriter:
     def __new__(cls, *, alignment: int = ..., version: int = ...) -> GGUFWriter: ...
     @property

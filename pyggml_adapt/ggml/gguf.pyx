@@ -8,8 +8,10 @@ import errno
 import mmap
 import os
 import stat
+from operator import index
 from types import MappingProxyType
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.unicode cimport PyUnicode_DecodeUTF8
@@ -27,10 +29,17 @@ from pyggml_adapt.errors import (
 from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf_values import DTYPES as _DTYPES
-from pyggml_adapt.ggml.gguf_values import Metadata, TensorInfo, array_of, buffers, numbers, text
+from pyggml_adapt.ggml.gguf_values import Metadata, TensorInfo, array_of, buffers, numbers, shown, strings, text
+
+# sets the callback of ggml's log, before which ours is put
+import pyggml_adapt.ggml.status  # no-cython-lint
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
+
+cdef extern from "<fcntl.h>":
+    enum: F_DUPFD_CLOEXEC
+    int fcntl(int fd, int cmd, int arg)
 
 ALIGNMENT_MAX = 1 << 24  # bytes; ggml pads headers to the alignment byte by byte
 HEADER_NBYTES_MAX = 128 << 20  # ggml may hold 8 bytes in memory for each byte of a header
@@ -47,6 +56,7 @@ _TYPE_IDS = {name: number for number, name in _TYPE_NAMES.items()}
 include "gguf_parse.pxi"
 
 
+@cython.final
 cdef class GGUFReader:
     """Own a parsed GGUF header and the open file; tensor data is not read.
 
@@ -68,7 +78,7 @@ cdef class GGUFReader:
     def __cinit__(self, path):
         self._fd = -1
         self._keys, self._values = {}, {}
-        self.path = os.fsdecode(path)
+        self.path = str(os.fsdecode(path))  # which may be of a subclass
         self._open()
         self._load()
         self._read_keys()
@@ -203,14 +213,13 @@ cdef class GGUFReader:
         return self._values[key]
 
     cdef _value(self, int64_t i, str key):
-        cdef g.gguf_context * ctx = self.ptr()
         cdef const char * chars
         kind, element = self.kv_type(key)
         if kind == "arr":
             return self._strings(i) if element == "str" else np.frombuffer(self._raw(i), _DTYPES[element])
         if kind != "str":
             return np.frombuffer(self._raw(i), _DTYPES[kind])[0].item()
-        chars = g.gguf_get_val_str(ctx, i)
+        chars = g.gguf_get_val_str(self.ptr(), i)
         try:
             return chars[:strlen(chars)].decode("utf-8")
         except UnicodeDecodeError:
@@ -220,7 +229,7 @@ cdef class GGUFReader:
         """Return the bytes of a numeric value or array."""
         cdef size_t n = 1
         cdef const void * data
-        kind = g.gguf_get_kv_type(self._ptr, i)
+        kind = g.gguf_get_kv_type(self.ptr(), i)
         if kind == g.GGUF_TYPE_ARRAY:
             kind = g.gguf_get_arr_type(self._ptr, i)
             n = g.gguf_get_arr_n(self._ptr, i)
@@ -233,7 +242,7 @@ cdef class GGUFReader:
         cdef const char * chars
         cdef size_t j
         cdef list texts = []
-        for j in range(g.gguf_get_arr_n(self._ptr, i)):
+        for j in range(g.gguf_get_arr_n(self.ptr(), i)):
             chars = g.gguf_get_arr_str(self._ptr, i, j)
             texts.append(PyUnicode_DecodeUTF8(chars, strlen(chars), "surrogateescape"))
         return texts
@@ -252,11 +261,15 @@ cdef class GGUFReader:
 
     def map(self):
         """Return a new read-only mmap of the whole file, which outlives the reader."""
-        fd = self.fileno()
+        self.fileno()
+        cdef int fd = fcntl(self._fd, F_DUPFD_CLOEXEC, 0)  # one that close() does not close on another thread
         try:
             return mmap.mmap(fd, self.file_nbytes, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as exc:
             raise FileAccessError.of(self.path, exc) from exc
+        finally:
+            if fd >= 0:
+                close(fd)
 
     def array(self, str name):
         """Return a tensor's elements, ne turned round, as a read-only NumPy array; a KeyError names it if it is absent.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -78,39 +78,86 @@ class Metadata(Mapping[str, Any]):
         return f"<metadata of {self._reader.path}: {len(self)} keys>"
 
 
-def text(value: object, what: str, may_be_empty: bool = False) -> bytes:
-    """Return a str as bytes that gguf.h can take: it ends strings at NUL."""
+type_of = type  # a parameter has its name below
+
+
+def shown(value: object) -> str:
+    """Return what a message says of a value: the start of its repr, which may be long, or refused."""
+    try:
+        return " ".join(f"{value!r:.60}".split())
+    except Exception:
+        return f"<{type(value).__name__}>"
+
+
+def text(value: object, what: str, may_be_empty: bool = False, errors: str = "strict") -> bytes:
+    """Return a str as bytes that gguf.h can take: it ends strings at NUL.  errors: as str.encode's."""
     if not isinstance(value, str):
-        raise ParameterError(f"{what}: a str is needed, not {value!r}")
-    data = value.encode("utf-8", "surrogateescape")
+        raise ParameterError(f"{what}: a str is needed, not {shown(value)}")
+    try:
+        data = str.encode(value, "utf-8", errors)  # a subclass may have an encode() of its own
+    except UnicodeEncodeError:
+        raise ParameterError(f"{what}: {shown(value)} has a lone surrogate, which UTF-8 cannot hold") from None
     if b"\0" in data or not (data or may_be_empty):
-        raise ParameterError(f"{what}: {value!r} is empty or holds a NUL character, which gguf.h cannot write")
+        raise ParameterError(f"{what}: {shown(value)} is empty or holds a NUL character, which gguf.h cannot write")
     return data
 
 
-def numbers(key: str, value: Any, type: str) -> bytes:
-    """Return the bytes of a number, or of a one-dimensional sequence of them, in the given type."""
+def strings(key: str, value: Any) -> bytes | list[bytes]:
+    """Return the bytes of a str, or of each str of a sequence, in which surrogate escapes become what they stand for.
+
+    So a list that GGUFReader.value() has returned is written as it was.
+    """
+    _refuse_iterator(key, value)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (str, bytes, bytearray)) or not isinstance(value, Sequence):
+        return text(value, f"{key!r}", True)
+    return [text(each, f"{key!r}", True, "surrogateescape") for each in value]
+
+
+def numbers(key: str, value: Any, type: str) -> np.ndarray:
+    """Return a number, or a one-dimensional sequence of them, as an array of no or one dimension of the given type."""
     kind = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}[DTYPES[type].kind]
+    _refuse_iterator(key, value)
     try:
         array = np.asarray(value)
         if array.ndim > 1 or (array.size and array.dtype.kind not in kind):
             raise ValueError
+        if kind != "b" and isinstance(value, (list, tuple)) and not {bool, np.bool_}.isdisjoint(map(type_of, value)):
+            raise ValueError  # NumPy takes them for 0 and 1 among numbers
         if array.size and kind == "iu":
             limits = np.iinfo(DTYPES[type])
             if int(array.min()) < limits.min or int(array.max()) > limits.max:
                 raise ValueError
-        return array.astype(DTYPES[type]).tobytes()
+        with np.errstate(over="ignore"):
+            found = array.astype(DTYPES[type])
+        if kind == "iuf" and (np.isinf(found) != np.isinf(array)).any():
+            raise ValueError
+        return found
     except (ValueError, TypeError, OverflowError):
-        raise ParameterError(f"{key!r}: the value {value!r:.60} does not fit the type {type}") from None
+        raise ParameterError(f"{key!r}: the value {shown(value)} does not fit the type {type}") from None
 
 
-def buffers(data: Any) -> Iterator[memoryview]:
-    """Yield memoryviews of bytes from a buffer or an iterable of buffers."""
-    blocks: Iterable[Any]
+def _refuse_iterator(key: str, value: object) -> None:
+    if isinstance(value, Iterator):
+        raise ParameterError(f"{key!r}: {shown(value)} is no sequence: make a list of it")
+
+
+def buffers(name: str, data: Any) -> Iterator[memoryview]:
+    """Yield memoryviews of bytes from a buffer or an iterable of buffers, the data of tensor `name`."""
     try:
-        blocks = (memoryview(data),)
-    except TypeError:
-        blocks = data
+        blocks = iter((memoryview(data),))
+    except (TypeError, ValueError):  # ValueError: an array of what has no buffer, as dates
+        try:
+            blocks = iter(data)
+        except TypeError:
+            raise ParameterError(f"{name!r}: {shown(data)} is neither a buffer nor an iterable of buffers") from None
     for block in blocks:
-        view = memoryview(block)
-        yield (view if view.c_contiguous else memoryview(bytes(view))).cast("B")
+        try:
+            view = memoryview(block)
+        except (TypeError, ValueError):
+            raise ParameterError(f"{name!r}: {shown(block)} is no buffer") from None
+        try:
+            yield view.cast("B")
+        except (TypeError, ValueError):  # of strides, shapes with a zero or elements that cast() does not take
+            yield memoryview(view.tobytes())

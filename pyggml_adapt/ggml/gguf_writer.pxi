@@ -1,5 +1,6 @@
 # GGUFWriter; gguf.pyx includes this.
 
+@cython.final
 cdef class GGUFWriter:
     """Own a GGUF header under construction, and write files that begin with it.
 
@@ -15,12 +16,18 @@ cdef class GGUFWriter:
     cdef readonly object alignment
 
     def __cinit__(self, *, alignment=g.GGUF_DEFAULT_ALIGNMENT, version=g.GGUF_VERSION):
+        cdef int64_t n
         self._tensors, self._nbytes = {}, 0
-        if not 0 < alignment <= ALIGNMENT_MAX or alignment & (alignment - 1):
-            raise ParameterError(f"alignment must be a power of two up to {ALIGNMENT_MAX}, not {alignment}")
-        if version not in (2, g.GGUF_VERSION):
-            raise ParameterError(f"version must be 2 or 3, not {version}")
-        self.alignment, self.version = alignment, version
+        try:
+            n, self.version = index(alignment), index(version)
+        except (TypeError, OverflowError):
+            raise ParameterError(f"alignment and version must be small integers, not {shown(alignment)} and "
+                                 f"{shown(version)}") from None
+        if not 0 < n <= ALIGNMENT_MAX or n & (n - 1):
+            raise ParameterError(f"alignment must be a power of two up to {ALIGNMENT_MAX}, not {n}")
+        if self.version not in (2, g.GGUF_VERSION):
+            raise ParameterError(f"version must be 2 or 3, not {self.version}")
+        self.alignment = n
         self._start()
 
     def __dealloc__(self):
@@ -71,22 +78,24 @@ cdef class GGUFWriter:
     def set(self, str key, value, str type):
         """Set `key`, new or not, as the last key of the header.
 
-        value: int, float, bool or str; or a sequence of them or an array, which makes an array.
+        value: int, float, bool or str; or a sequence of them or an array, which makes an array: of one dimension, and
+        no iterator.
         type: gguf.h's name of the type of the value or of its elements: "u8", "i32", "f32", "bool", "str", ...
         Raises: ParameterError if the value does not fit the type.
         """
-        cdef bytes name = text(key, "key")
+        cdef bytes name = text(key, "key"), data
+        cdef size_t n
         if type not in _TYPE_IDS or type == "arr":
             raise ParameterError(f"{key!r}: {type!r} is not a type of metadata")
-        is_array = isinstance(value, (list, tuple)) or isinstance(value, np.ndarray) and value.ndim > 0
-        self._check_alignment(key, None if is_array or type != "u32" else value)
         if type == "str":
-            self._set_strings(name, [text(v, key, True) for v in value] if is_array else text(value, key, True))
+            self._check_alignment(key, None)
+            self._set_strings(name, strings(key, value))
             return
-        data = numbers(key, value, type)
-        if is_array:
-            g.gguf_set_arr_data(self._ptr, name, <g.gguf_type> <int> _TYPE_IDS[type], PyBytes_AS_STRING(data),
-                                len(data) // _DTYPES[type].itemsize)
+        array = numbers(key, value, type)
+        self._check_alignment(key, array.item() if type == "u32" and not array.ndim else None)
+        data, n = array.tobytes(), array.size
+        if array.ndim:
+            g.gguf_set_arr_data(self._ptr, name, <g.gguf_type> <int> _TYPE_IDS[type], PyBytes_AS_STRING(data), n)
         else:
             _set_scalar(self._ptr, name, _TYPE_IDS[type], PyBytes_AS_STRING(data))
 
@@ -109,23 +118,26 @@ cdef class GGUFWriter:
         if key == "general.alignment" and value != self.alignment:
             raise ParameterError(f"general.alignment must be {self.alignment} of type u32, as the writer was told")
 
-    def copy_kv(self, GGUFReader reader, str key, str new_key=None):
+    def copy_kv(self, GGUFReader reader not None, str key, str new_key=None):
         """Copy a key of `reader` with its exact type and bytes, as the last key; it may get a new name."""
         cdef int64_t i = reader._keys[key]
         cdef g.gguf_type kind = g.gguf_get_kv_type(reader.ptr(), i)
         cdef str name = key if new_key is None else new_key
         cdef bytes target = text(name, "key")
         cdef bytes data
+        cdef list texts = []
         cdef size_t j
         self._check_alignment(name, reader.value(key) if kind == g.GGUF_TYPE_UINT32 else None)
+        reader.ptr()
         if kind == g.GGUF_TYPE_STRING:
             g.gguf_set_val_str(self._ptr, target, g.gguf_get_val_str(reader._ptr, i))
         elif kind != g.GGUF_TYPE_ARRAY:
             data = reader._raw(i)
             _set_scalar(self._ptr, target, kind, PyBytes_AS_STRING(data))
         elif g.gguf_get_arr_type(reader._ptr, i) == g.GGUF_TYPE_STRING:
-            self._set_strings(target, [<bytes> g.gguf_get_arr_str(reader._ptr, i, j)
-                                       for j in range(g.gguf_get_arr_n(reader._ptr, i))])
+            for j in range(g.gguf_get_arr_n(reader._ptr, i)):
+                texts.append(<bytes> g.gguf_get_arr_str(reader._ptr, i, j))
+            self._set_strings(target, texts)
         else:
             g.gguf_set_arr_data(self._ptr, target, g.gguf_get_arr_type(reader._ptr, i),
                                 g.gguf_get_arr_data(reader._ptr, i), g.gguf_get_arr_n(reader._ptr, i))
@@ -140,15 +152,18 @@ cdef class GGUFWriter:
         cdef c.ggml_tensor t
         cdef bytes raw = text(name, "tensor name")
         try:
-            type, ne = Type(type), tuple(ne)
+            type = Type(type)
+            ne = tuple([index(n) for n in ne])
         except ValueError:
-            raise ParameterError(f"{name!r}: {type!r} is not a type of tensors") from None
+            raise ParameterError(f"{name!r}: {shown(type)} is not a type of tensors") from None
+        except TypeError:
+            raise ParameterError(f"{name!r}: {shown(ne)} is not a shape: one to four integers") from None
         if len(raw) >= c.GGML_MAX_NAME:
             raise ParameterError(f"{name!r}: a tensor name has at most {c.GGML_MAX_NAME - 1} bytes, not {len(raw)}")
         if name in self._tensors:
             raise ParameterError(f"{name!r}: the tensor was added already")
         if not 1 <= len(ne) <= c.GGML_MAX_DIMS or min(ne) < 1 or ne[0] % type.blck_size:
-            raise ParameterError(f"{name!r}: a tensor of type {type.name} cannot have the shape {list(ne)}")
+            raise ParameterError(f"{name!r}: a tensor of type {type.name} cannot have the shape {shown(list(ne))}")
         ne = (*ne, 1, 1, 1)[:4]
         nbytes = ne[0] // type.blck_size * type.type_size * ne[1] * ne[2] * ne[3]
         # ggml multiplies ne[0] by the bytes of a whole block before it divides
@@ -197,10 +212,11 @@ cdef class GGUFWriter:
         for name, nbytes in self._tensors.items():
             blocks = get(name)
             n = 0
-            for block in buffers(blocks):
+            for block in buffers(name, blocks):
                 n += block.nbytes
-                if n <= nbytes:
-                    file.write(block)
+                if n > nbytes:  # there may be no end of them
+                    break
+                file.write(block)
             if n != nbytes:
                 raise ParameterError(f"{name!r}: the tensor has {nbytes} bytes, not {n}")
             file.write(bytes(-nbytes % self.alignment))

@@ -1,6 +1,10 @@
-"""ggml's status codes as exceptions, and its log as records of the logger `pyggml_adapt.ggml`."""
+"""ggml's status codes as exceptions, and its log as records of the logger `pyggml_adapt.ggml`.
+
+What ggml says to a thread while that thread handles such a record is not logged.
+"""
 
 import logging
+import threading
 
 from pyggml_adapt.ggml cimport libggml as c
 
@@ -16,9 +20,18 @@ _levels = {
     c.GGML_LOG_LEVEL_WARN: logging.WARNING,
     c.GGML_LOG_LEVEL_ERROR: logging.ERROR,
 }
-_pending = ""
-_pending_level = logging.INFO
 _last_problem = ""
+
+
+class _Speaker(threading.local):
+    """What ggml has said so far on a thread."""
+
+    pending = ""
+    level = logging.INFO
+    is_heard = False  # a handler of ours is at work: what ggml says to it would make it work again, without end
+
+
+_speaker = _Speaker()
 
 
 cdef void _on_log(c.ggml_log_level level, const char * text, void * user_data) noexcept nogil:
@@ -27,18 +40,27 @@ cdef void _on_log(c.ggml_log_level level, const char * text, void * user_data) n
 
 
 cdef void _log(c.ggml_log_level level, const char * text) noexcept with gil:
-    global _pending, _pending_level, _last_problem
+    global _last_problem
     try:
         if level != c.GGML_LOG_LEVEL_CONT:
-            _pending_level = _levels.get(level, logging.INFO)
-        _pending += (<bytes> text).decode("utf-8", "replace")
-        while "\n" in _pending:
-            line, _, _pending = _pending.partition("\n")
-            if _pending_level >= logging.WARNING:
+            _speaker.level = _levels.get(level, logging.INFO)
+        _speaker.pending += (<bytes> text).decode("utf-8", "replace")
+        while "\n" in _speaker.pending:
+            line, _, _speaker.pending = _speaker.pending.partition("\n")
+            if _speaker.level >= logging.WARNING:
                 _last_problem = line
-            _logger.log(logging.DEBUG if _pending_level < logging.WARNING else logging.INFO, "%s", line)
+            if not _speaker.is_heard:
+                _tell(logging.DEBUG if _speaker.level < logging.WARNING else logging.INFO, line)
     except BaseException:
         pass  # a log line is not worth a crash: this runs inside C, where nothing can be raised
+
+
+def _tell(level, line):
+    _speaker.is_heard = True
+    try:
+        _logger.log(level, "%s", line)
+    finally:
+        _speaker.is_heard = False
 
 
 def last_log():

@@ -1,9 +1,11 @@
 """GGUFReader and GGUFWriter: round trips, hostile files, and wrong calls that gguf.h would abort on."""
 
+import itertools
 import os
 import struct
 import subprocess
 import sys
+from array import array as c_array
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +299,39 @@ WRONG = {
     "part of a block": lambda w: w.add_tensor("x", Type.Q4_K, (255,)),
     "unknown type": lambda w: w.add_tensor("x", 4, (32,)),
     "2**63 bytes": lambda w: w.add_tensor("x", Type.F32, (2**61,)),
+    "generator": lambda w: w.set("k", (i for i in range(3)), "u8"),
+    "generator of str": lambda w: w.set("k", (each for each in "ab"), "str"),
+    "map": lambda w: w.set("k", map(int, "12"), "u8"),
+    "set": lambda w: w.set("k", {1}, "u8"),
+    "range as str": lambda w: w.set("k", range(2), "str"),
+    "[None]": lambda w: w.set("k", [None], "u8"),
+    "None as str": lambda w: w.set("k", None, "str"),
+    "bytes": lambda w: w.set("k", b"ab", "u8"),
+    "bytes as str": lambda w: w.set("k", b"ab", "str"),
+    "two dimensions of str": lambda w: w.set("k", np.array([["a"]]), "str"),
+    "mixed": lambda w: w.set("k", [1, "a"], "u8"),
+    "mixed with bool": lambda w: w.set("k", [True, 2], "u8"),
+    "mixed str": lambda w: w.set("k", ["a", 1], "str"),
+    "number too long to print": lambda w: w.set("k", 10**5000, "u8"),
+    "list of it": lambda w: w.set("k", [10**5000], "f64"),
+    "it as str": lambda w: w.set("k", 10**5000, "str"),
+    "NaN": lambda w: w.set("k", float("nan"), "i32"),
+    "beyond f32": lambda w: w.set("k", [1e300], "f32"),
+    "dates": lambda w: w.set("k", np.array(["2020-01-01"], "M8[s]"), "i64"),
+    "type None": lambda w: w.set("k", 1, None),
+    "key None": lambda w: w.set(None, 1, "u8"),
+    "surrogate in key": lambda w: w.set("\ud800", 1, "u8"),
+    "escape in key": lambda w: w.set("\udcff", 1, "u8"),
+    "surrogate in value": lambda w: w.set("k", "\ud800", "str"),
+    "escape in value": lambda w: w.set("k", "\udcff", "str"),
+    "surrogate in values": lambda w: w.set("k", ["a", "\ud800"], "str"),
+    "surrogate in name": lambda w: w.add_tensor("\ud800", Type.F32, (1,)),
+    "escape in name": lambda w: w.add_tensor("\udcff", Type.F32, (1,)),
+    "surrogate to remove": lambda w: w.remove("\ud800"),
+    "fraction in ne": lambda w: w.add_tensor("x", Type.F32, (2.0,)),
+    "None in ne": lambda w: w.add_tensor("x", Type.F32, (None,)),
+    "no ne": lambda w: w.add_tensor("x", Type.F32, 5),
+    "type None of a tensor": lambda w: w.add_tensor("x", None, (1,)),
 }
 
 
@@ -304,12 +339,127 @@ WRONG = {
 def test_wrong_calls_are_exceptions(case):
     writer = GGUFWriter()
     writer.add_tensor("t", Type.F32, (1,))
-    with pytest.raises(ParameterError):
+    with pytest.raises(ParameterError) as caught:
         WRONG[case](writer)
-    assert list(writer.tensors) == ["t"]
+    assert "\n" not in str(caught.value)
+    assert (list(writer.tensors), writer.keys) == (["t"], [])
 
 
-@pytest.mark.parametrize("options", [{"alignment": 0}, {"alignment": 24}, {"alignment": 2**31}, {"version": 1}])
+def test_why_text_and_iterators_are_refused():
+    writer = GGUFWriter()
+    for use in (lambda: writer.set("k", "\ud800", "str"), lambda: writer.set("k", ["\ud800"], "str")):
+        with pytest.raises(ParameterError, match=r"^'k': '\\ud800' has a lone surrogate, which UTF-8 cannot hold$"):
+            use()
+    with pytest.raises(ParameterError, match=r"^tensor name: '\\udcff' has a lone surrogate"):
+        writer.add_tensor("\udcff", Type.F32, (1,))
+    with pytest.raises(ParameterError, match=r"^'k': <generator .* is no sequence: make a list of it$"):
+        writer.set("k", (i for i in range(3)), "u8")
+
+
+class Quiet(np.ndarray):
+    ndim = 0
+
+
+class Texts(str):
+    def encode(self, *args):
+        return bytearray(b"a\0b")
+
+
+@pytest.mark.parametrize(
+    "value, kind, expected",
+    [
+        (range(5), "u8", [0, 1, 2, 3, 4]),
+        (c_array("H", [1, 2]), "i32", [1, 2]),
+        (bytearray(b"ab"), "u8", [97, 98]),
+        (np.arange(10)[::4], "u8", [0, 4, 8]),
+        (np.array([1, 2], ">u2"), "u16", [1, 2]),
+        (np.zeros(0, "u1").view(Quiet), "u8", []),
+        (np.ones(3, "u1").view(Quiet), "u8", [1, 1, 1]),
+        ([], "bool", []),
+        ([1, 2.5], "f32", [1.0, 2.5]),
+        ((float("inf"),), "f32", [float("inf")]),
+        (np.array(["a", "b"]), "str", ["a", "b"]),
+        (("a", Texts("b")), "str", ["a", "b"]),
+        (Texts("b"), "str", "b"),
+        (np.float32(1.5), "f32", 1.5),
+        (np.array(3), "u8", 3),
+        (np.bool_(True), "bool", True),
+    ],
+)
+def test_what_is_like_an_array_is_one(tmp_path, value, kind, expected):
+    writer = GGUFWriter()
+    writer.set("k", value, kind)
+    writer.write(tmp_path / "a.gguf", {})
+    with GGUFReader(tmp_path / "a.gguf") as reader:
+        found = reader.metadata["k"]
+        assert (found.tolist() if isinstance(found, np.ndarray) else found) == expected
+
+
+def test_the_extents_of_a_tensor_do_not_overflow():
+    writer = GGUFWriter()
+    writer.add_tensor("t", Type.F32, np.int32([1 << 20, 1 << 20]))
+    assert writer.tensors["t"] == 1 << 42
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (None, "'t': None is neither a buffer nor an iterable of buffers"),
+        ("abcd", "'t': 'a' is no buffer"),
+        ([5], "'t': 5 is no buffer"),
+        (itertools.repeat(b"abc"), "'t': the tensor has 4 bytes, not 6"),
+    ],
+)
+def test_wrong_data(tmp_path, data, message):
+    writer = GGUFWriter()
+    writer.add_tensor("t", Type.F32, (1,))
+    with pytest.raises(ParameterError, match=message):
+        writer.write(tmp_path / "a.gguf", lambda name: data)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "data", [np.zeros(1, ">f4"), np.zeros(1, [("x", "f4")]), [np.zeros((0, 3)), np.zeros((1, 2), "f")[:, ::2]]]
+)
+def test_data_of_any_layout(tmp_path, data):
+    writer = GGUFWriter()
+    writer.add_tensor("t", Type.F32, (1,))
+    writer.write(tmp_path / "a.gguf", {"t": data})
+    with GGUFReader(tmp_path / "a.gguf") as reader:
+        assert reader.array("t").tolist() == [0]
+
+
+def test_paths_that_cannot_be(tmp_path):
+    for path in (f"{tmp_path}/a\0b", f"{tmp_path}/a\0b/c"):
+        with pytest.raises(FileAccessError, match="embedded null byte"):
+            GGUFWriter().write(path, {})
+    file = AtomicFile(tmp_path / "a")
+    file.close()
+    with pytest.raises(FileAccessError, match="file descriptor"):
+        file.commit()
+    GGUFWriter().write(tmp_path / "a", {})
+    assert GGUFReader(np.str_(tmp_path / "a")).path == str(tmp_path / "a")
+
+
+def test_no_class_can_be_derived():
+    for base in (GGUFReader, GGUFWriter):
+        with pytest.raises(TypeError, match="is not an acceptable base type"):
+            type("Derived", (base,), {})
+
+
+def test_readers_are_needed():
+    for use in (GGUFWriter.copy_of, lambda reader: GGUFWriter().copy_kv(reader, "k")):
+        with pytest.raises(TypeError, match="got NoneType"):
+            use(None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alignment": 0}, {"alignment": 24}, {"alignment": 2**31}, {"alignment": 32.0}, {"alignment": 10**5000},
+        {"version": 1}, {"version": "3"}, {"version": 2**40},
+    ],
+)  # fmt: skip
 def test_wrong_writers(options):
     with pytest.raises(ParameterError, match=next(iter(options))):
         GGUFWriter(**options)
