@@ -1,11 +1,10 @@
 from collections.abc import Callable
 from enum import IntEnum
 from types import TracebackType
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from typing_extensions import disjoint_base
 
 from pyggml_adapt.ggml.context import Owner, Tensor
 from pyggml_adapt.ggml.graph import CGraph
@@ -25,7 +24,7 @@ class OptLossType(IntEnum):
     CROSS_ENTROPY = ...
     MEAN_SQUARED_ERROR = ...
 
-@disjoint_base
+@final
 class OptDataset(Owner):
     def __new__(cls, data: ArrayLike, labels: ArrayLike | None = None, *, ndata_shard: int = 1) -> OptDataset: ...
     @property
@@ -39,7 +38,7 @@ class OptDataset(Owner):
     def shuffle(self, opt: OptContext, idata: int = -1) -> None: ...
     def get_batch(self, ibatch: int, ndata_batch: int) -> tuple[NDArray[Any], NDArray[Any] | None]: ...
 
-@disjoint_base
+@final
 class OptResult:
     def __new__(cls) -> OptResult: ...
     def reset(self) -> None: ...
@@ -52,7 +51,7 @@ class OptResult:
     @property
     def pred(self) -> NDArray[np.int32]: ...
 
-@disjoint_base
+@final
 class OptContext:
     def __new__(
         cls,

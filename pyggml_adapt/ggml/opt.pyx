@@ -8,13 +8,14 @@ from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport find_callbacks
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, check_idle, count, reach, release
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_writable, nodes_of, without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_writable, nodes_of, without_data,
 )
 from pyggml_adapt.ggml.sched cimport Sched
 
 import time
 import weakref
 from enum import IntEnum
+from operator import index
 
 import numpy as np
 
@@ -41,6 +42,7 @@ include "opt_plan.pxi"
 include "opt_data.pxi"
 
 
+@cython.final
 cdef class OptContext:
     """Own the state of an optimiser, and the graphs that train the parameters that `outputs` are computed from.
 
@@ -65,7 +67,8 @@ cdef class OptContext:
     cdef object _optimizer, _kind, _signature
     cdef Plan _plan
     cdef CGraph _graph  # that was prepared
-    cdef list _waiting, _nodes
+    cdef Context _step  # of the dynamic graph that was allocated last
+    cdef list _waiting, _nodes, _flags
     cdef size_t _used_mem
     cdef int _opt_i, _n_backward
     cdef bint _prepared, _built, _ready
@@ -77,7 +80,7 @@ cdef class OptContext:
         self.sched, self.loss_type = sched, OptLossType(loss_type)
         if (inputs is None) != (outputs is None):
             raise ParameterError("OptContext: inputs and outputs are given both, or none of them for dynamic graphs")
-        if not 1 <= opt_period <= 1 << 20:
+        if not 1 <= index(opt_period) <= 1 << 20:
             raise ParameterError(f"OptContext: opt_period must be 1 to {1 << 20}, not {opt_period}")
         self.opt_period, self.static_graphs = opt_period, inputs is not None
         self._optimizer = AdamW() if optimizer is None else optimizer
@@ -89,6 +92,9 @@ cdef class OptContext:
         check_idle(sched)
         if sched._served:
             raise BackendError("OptContext: this scheduler serves a graph already, see Sched.reset()")
+        split = None if sched._split is None else sched._split()
+        if split is not None and not split.closed:
+            raise BackendError("OptContext: close the Context of the graph that the scheduler had before")
         self._state.depend_on(sched)
         params = c.ggml_opt_default_params(sched._ptr, <c.ggml_opt_loss_type> <int> self.loss_type)
         params.opt_period = self.opt_period
@@ -100,12 +106,14 @@ cdef class OptContext:
             self._init_static(&params, <Tensor?> inputs, <Tensor?> outputs)
         else:
             self._state._ptr = c.ggml_opt_init(params)
-        sched._served, sched._split, sched._members, sched._n_nodes = True, None, set(), -1
+        sched._served, sched._split, sched._members, sched._n_nodes = True, weakref.ref(self._state), set(), -1
+        sched._assigned.clear()  # ggml forgets at the first step where tensors were to be
+        sched._kept.clear()
 
     cdef int _init_static(self, c.ggml_opt_params * params, Tensor inputs, Tensor outputs) except -1:
         """Check everything that ggml asserts while it builds the graphs, and let it build them."""
         self.inputs, self.outputs = inputs, outputs
-        self._check_tensors(inputs, outputs)
+        check_tensors(inputs, outputs)
         inputs.with_data()
         owners = reach([inputs.ctx, outputs.ctx])
         for owner in (inputs.ctx, outputs.ctx):
@@ -116,7 +124,6 @@ cdef class OptContext:
         self._plan = plan_of(outputs, self.loss_type, self.opt_period > 1)
         check_plan(self._plan, self.sched, STATIC_SIZE)
         check_leaves(self._plan, owners, None)
-        self.sched._check_left(self._plan.graph, "OptContext")
         self._ctx = Context(3 * c.ggml_graph_overhead_custom(STATIC_SIZE, True)
                             + self._plan.n_tensors * c.ggml_tensor_overhead())
         params.ctx_compute, params.inputs, params.outputs = self._ctx._ptr, inputs._ptr, outputs._ptr
@@ -128,32 +135,13 @@ cdef class OptContext:
         self._built = True
         return 0
 
-    def _check_tensors(self, Tensor inputs, Tensor outputs):
-        cdef c.ggml_tensor * t = inputs.ptr()
-        if t.op != c.GGML_OP_NONE or t.view_src != NULL or t.ne[2] * t.ne[3] != 1 or not inputs.is_contiguous:
-            raise ShapeError(f"OptContext: inputs must be a leaf [ne_datapoint, ndata_batch], not {inputs!r}")
-        if outputs.ptr().op == c.GGML_OP_NONE or not outputs.nelements or not inputs.nelements:
-            raise ShapeError(f"OptContext: {outputs!r} is not computed from inputs")
-        seen = set()
-        count([<size_t> outputs.ptr()], seen)
-        if <size_t> t not in seen:
-            raise ShapeError(f"OptContext: outputs {outputs.name!r} are not computed from inputs {inputs.name!r}")
-
-    def _set_optimizer(self, epoch):
+    cdef int _set_optimizer(self, int epoch) except -1:
         """Let ggml have the parameters of the optimiser for an epoch."""
-        cdef c.ggml_opt_optimizer_params * pars = &self._state.pars
         found = self._optimizer
         if not isinstance(found, (AdamW, SGD)) and callable(found):
             found = found(epoch)
-        if not isinstance(found, self._kind or (AdamW, SGD)):
-            wanted = "AdamW or SGD, or a function that returns one" if self._kind is None else self._kind.__name__
-            raise ParameterError(f"OptContext: the optimiser must be {wanted}, not {found!r}")
-        self._kind = type(found)
-        if self._kind is AdamW:
-            pars.adamw.alpha, pars.adamw.beta1, pars.adamw.beta2 = found.alpha, found.beta1, found.beta2
-            pars.adamw.eps, pars.adamw.wd = found.eps, found.wd
-        else:
-            pars.sgd.alpha, pars.sgd.wd = found.alpha, found.wd
+        self._kind = read_optimizer(&self._state.pars, found, self._kind)
+        return 0
 
     cdef Tensor _tensor(self, c.ggml_tensor * t):
         self._state.ptr()
@@ -199,11 +187,14 @@ cdef class OptContext:
     def reset(self, *, bint optimizer=False):
         """Forget the gradients that were added up or, with `optimizer`, also AdamW's moments and how often it stepped.
 
-        Raises: BackendError with dynamic graphs.  Wraps: ggml_opt_reset.
+        Raises: BackendError with dynamic graphs; ClosedError if an owner of what is trained was closed.
+        Wraps: ggml_opt_reset.
         """
-        check_idle(self._state)
+        self._state.ptr()
         if not self.static_graphs:
             raise BackendError("reset: only static graphs can be reset")
+        check_idle(self._state)
+        reach([self._state])
         c.ggml_opt_reset(self._state.ptr(), optimizer)
 
     def prepare_alloc(self, CGraph graph not None, Tensor inputs not None, Tensor outputs not None):
@@ -219,12 +210,12 @@ cdef class OptContext:
         if self.static_graphs or self._ready:
             raise BackendError("prepare_alloc: the graphs are static" if self.static_graphs else
                                "prepare_alloc: the step before was allocated, but not evaluated")
-        split = None if self.sched._split is None else self.sched._split()
-        if split is not None and not split.closed:
+        if self._step is not None and not self._step.closed:
             raise BackendError("prepare_alloc: close the Context of the step before first")
         check_idle(graph.ctx)
+        check_idle(self._state)
         owners = reach([graph.ctx, self._state])
-        self._check_tensors(inputs, outputs)
+        check_tensors(inputs, outputs)
         seen = set()
         count([<size_t> outputs.ptr()], seen)
         if outputs.ctx is not graph.ctx or <size_t> outputs._ptr not in nodes_of(graph) or not seen.issuperset(
@@ -247,15 +238,20 @@ cdef class OptContext:
         graph._changed()
         graph._sched = None
         self._graph, self._nodes, self._used_mem = graph, nodes_of(graph), c.ggml_used_mem(graph.ctx._ptr)
+        self._flags = flags_of(self._nodes)
         c.ggml_opt_prepare_alloc(self._state._ptr, graph.ctx._ptr, g, inputs._ptr, outputs._ptr)
         self._prepared, self._built = True, False
 
     @staticmethod
-    def size_for(int n_tensors, int graph_size):
+    def size_for(n_tensors, graph_size):
         """Return the bytes of a Context for a step of dynamic graphs: the graph's own n_tensors, and what ggml adds.
 
         graph_size: the graph's size, of at least 9 times the nodes and leaves that the outputs are computed from.
+        Raises: ShapeError for numbers that no graph has.
         """
+        check_size(index(graph_size))
+        if not 0 <= index(n_tensors) <= MAX_TENSORS:
+            raise ShapeError(f"size_for: {n_tensors} tensors, not 0 to {MAX_TENSORS}")
         return ((10 * n_tensors + 4 * SPARE) * c.ggml_tensor_overhead()
                 + 3 * c.ggml_graph_overhead_custom(graph_size, True))
 
@@ -277,6 +273,8 @@ cdef class OptContext:
                 if is_param(address) != param:
                     raise ShapeError(f"tensor {self._plan.graph._wrap(<c.ggml_tensor *> <size_t> address).name!r} "
                                      f"was marked as a parameter after the graphs were built")
+            if self.static_graphs:
+                check_places(self._plan)
             check_leaves(self._plan, owners, None if self.static_graphs else self._ctx)
         except BaseException:
             release(owners)
@@ -306,6 +304,8 @@ cdef class OptContext:
             self._graph.ptr()
             if nodes_of(self._graph) != self._nodes or c.ggml_used_mem(self._ctx.ptr()) != self._used_mem:
                 raise BackendError("alloc: the graph or its Context has grown since prepare_alloc")
+            if flags_of(self._nodes) != self._flags:
+                raise BackendError("alloc: parameters or losses were marked since prepare_alloc")
         if not backward and self._n_backward:
             raise BackendError(f"alloc: {self._n_backward} of opt_period = {self.opt_period} batches were trained with")
         if backward and self._opt_i != self._n_backward:  # ggml counts both
@@ -327,7 +327,7 @@ cdef class OptContext:
         if not self.static_graphs:
             if first:
                 c.ggml_opt_reset(ptr, False)  # and with dynamic graphs
-            self.sched._split = weakref.ref(self._ctx)
+            self._step = self._ctx
             self.sched._buffers = buffers_of(self._waiting + self._state.tensors())
         if c.ggml_opt_loss(ptr).data == NULL:
             raise AllocError("alloc: no memory for a training step")
@@ -354,13 +354,9 @@ cdef class OptContext:
     cdef int _eval(self, OptResult result) except -1:
         cdef c.ggml_opt_context_t ptr = self._state._ptr
         cdef c.ggml_opt_result_t into = NULL
-        cdef int64_t ndata = self.outputs._ptr.ne[1]
         cdef Backend backend
-        made_by = (self.loss_type, self.opt_period, ndata)
         if result is not None:
-            if result._made_by not in (None, made_by):
-                raise ShapeError(f"eval: a result of (loss, opt_period, batch) {result._made_by} for {made_by}")
-            result.check_idle()
+            self._check_result(result)
             into = result._ptr
         self._plan.indices.read(self._plan.graph)
         before = []
@@ -372,20 +368,30 @@ cdef class OptContext:
                 result._in_use = True
             with nogil:
                 c.ggml_opt_eval(ptr, into)
+            self._ready = self._steps = False
+            self._opt_i = (self._opt_i + 1) % self.opt_period
+            if result is not None:
+                result._made_by = self._kind_of_result()
+                result._n_pred += self.outputs._ptr.ne[1] if c.ggml_opt_pred(ptr) != NULL else 0
         finally:
             if result is not None:
                 result._in_use = False
             for backend, each in reversed(before):
                 backend.threadpool.leave(each)
-        self._ready = self._steps = False
-        self._opt_i = (self._opt_i + 1) % self.opt_period
-        if result is not None:
-            result._made_by = made_by
-            result._n_pred += ndata if c.ggml_opt_pred(ptr) != NULL else 0
         for backend in self.sched.backends:  # ggml_opt does not look at the status
             if backend._flags[0]:
                 raise ComputeAborted("training: stopped by an abort flag")
         return 0
+
+    cdef tuple _kind_of_result(self):
+        return (self.loss_type, self.opt_period, self.outputs._ptr.ne[1])
+
+    cdef int _check_result(self, OptResult result) except -1:
+        """Check that a batch can be evaluated into a result."""
+        made_by = self._kind_of_result()
+        if result._made_by not in (None, made_by):
+            raise ShapeError(f"eval: a result of (loss, opt_period, batch) {result._made_by} for {made_by}")
+        return result.check_idle()
 
     cdef int _check_dataset(self, OptDataset dataset, int64_t split) except -1:
         """Check that batches of the dataset fit the inputs and labels, and that `split` is between two steps."""
@@ -415,12 +421,14 @@ cdef class OptContext:
     cdef int _batch(self, OptDataset dataset, int64_t ibatch, bint backward, OptResult result) except -1:
         """Train with a batch, or evaluate it only."""
         cdef c.ggml_tensor * inputs = self.inputs.ptr()
-        cdef c.ggml_opt_context_t ptr = self._state.ptr()
-        dataset.check()
+        cdef c.ggml_opt_context_t ptr
         self._check_alloc(backward)
         owners = self._begin()
         dataset._in_use += 1
         try:
+            dataset.check()
+            self._check_result(result)
+            ptr = self._state._ptr
             with nogil:
                 c.ggml_opt_dataset_get_batch(dataset._ptr, inputs, c.ggml_opt_labels(ptr), ibatch)
             self._plan.indices.read(self._plan.graph)  # so that nothing is left half done
@@ -432,7 +440,7 @@ cdef class OptContext:
         return 0
 
     def epoch(self, OptDataset dataset not None, OptResult result_train=None, OptResult result_eval=None,
-              int64_t idata_split=-1, callback_train=None, callback_eval=None):
+              idata_split=-1, callback_train=None, callback_eval=None):
         """Train with the first idata_split datapoints, all if -1, and evaluate the others.  Releases the GIL.
 
         callback_train, callback_eval: called after each batch as f(train, opt, dataset, result, ibatch, ibatch_max,
@@ -441,8 +449,9 @@ cdef class OptContext:
         of a batch times opt_period; BackendError with dynamic graphs; as eval().
         Wraps: ggml_opt_dataset_get_batch.
         """
-        cdef int64_t n_batch, i, split = dataset.ndata if idata_split < 0 else idata_split
+        cdef int64_t n_batch, i, split = dataset.ndata if idata_split < 0 else index(idata_split)
         self._check_dataset(dataset, split)
+        check_idle(self._state)
         n_batch = self.inputs._ptr.ne[1]
         self._set_optimizer(self.n_epochs + 1)
         self.n_epochs += 1
@@ -470,6 +479,8 @@ cdef class OptContext:
         check_idle(self._state)
         if self.static_graphs and self._ctx is not None:
             self._ctx.close()
+        if self._step is not None and not self.closed:
+            self.sched._split = weakref.ref(self._step)
         self._state.close()
 
     def __enter__(self):

@@ -15,6 +15,7 @@ cdef rows_of(array, str what):
     return np.ascontiguousarray(array).reshape(len(array), -1), _DTYPES[array.dtype]
 
 
+@cython.final
 cdef class OptDataset(Owner):
     """Own a copy of the datapoints to train with, and of their labels.
 
@@ -37,9 +38,10 @@ cdef class OptDataset(Owner):
             labels, self._type_label = rows_of(labels, "labels")
             if len(labels) != len(data):
                 raise ShapeError(f"OptDataset: {len(labels)} labels for {len(data)} datapoints")
+        ndata_shard = index(ndata_shard)
         if ndata_shard < 1 or len(data) % ndata_shard:
             raise ShapeError(f"OptDataset: {len(data)} datapoints are not a multiple of ndata_shard = {ndata_shard}")
-        if max(data.nbytes, 0 if labels is None else labels.nbytes) * ndata_shard >= 1 << 63:
+        if max(data.nbytes, 0 if labels is None else labels.nbytes) >= (1 << 62) // ndata_shard:
             raise ShapeError(f"OptDataset: ndata_shard = {ndata_shard} is too large")
         self.ndata_shard = ndata_shard
         self.ne_datapoint, self.ne_label = data.shape[1], 0 if labels is None else labels.shape[1]
@@ -68,19 +70,20 @@ cdef class OptDataset(Owner):
         self.check()
         return c.ggml_opt_dataset_ndata(self._ptr)
 
-    def shuffle(self, OptContext opt not None, int64_t idata=-1):
+    def shuffle(self, OptContext opt not None, idata=-1):
         """Bring the shards in another order, by the random numbers of opt: the first idata datapoints, or all if -1.
 
         Raises: ShapeError if idata is more than ndata or no multiple of ndata_shard.
         Wraps: ggml_opt_dataset_shuffle.
         """
+        cdef int64_t n = index(idata)
         self.check()
         check_idle(self)
-        if idata > self.ndata or idata > 0 and idata % self.ndata_shard:
-            raise ShapeError(f"shuffle: {idata} of {self.ndata} datapoints in shards of {self.ndata_shard}")
-        c.ggml_opt_dataset_shuffle(opt._state.ptr(), self._ptr, idata)
+        if n > self.ndata or n > 0 and n % self.ndata_shard:
+            raise ShapeError(f"shuffle: {n} of {self.ndata} datapoints in shards of {self.ndata_shard}")
+        c.ggml_opt_dataset_shuffle(opt._state.ptr(), self._ptr, n)
 
-    def get_batch(self, int64_t ibatch, int64_t ndata_batch):
+    def get_batch(self, ibatch, ndata_batch):
         """Return copies of batch ibatch: the data [ndata_batch, ne_datapoint], and the labels, None if there are none.
 
         Raises: ShapeError if ndata_batch is no multiple of ndata_shard; IndexError if there is no such batch.
@@ -88,6 +91,7 @@ cdef class OptDataset(Owner):
         """
         cdef unsigned char[::1] into, labels_into
         cdef void * at = NULL
+        ibatch, ndata_batch = index(ibatch), index(ndata_batch)
         self.check()
         if ndata_batch < 1 or ndata_batch % self.ndata_shard:
             raise ShapeError(f"get_batch: batches of {ndata_batch} datapoints for shards of {self.ndata_shard}")
@@ -118,6 +122,7 @@ cdef int fill(c.ggml_tensor * t, const unsigned char[::1] data) except -1:
     return 0
 
 
+@cython.final
 cdef class OptResult:
     """Own the losses and predictions of the batches that were evaluated into it.
 
@@ -197,6 +202,7 @@ cdef class OptResult:
         return f"<OptResult of {self.ndata} datapoints, loss {self.loss[0]:g}>"
 
 
+@cython.final
 @cython.no_gc_clear
 cdef class OptState(Owner):
     """Own a ggml_opt_context; the Contexts in which ggml builds its graphs depend on it."""

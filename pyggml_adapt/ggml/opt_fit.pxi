@@ -1,7 +1,7 @@
 # The whole of a training in one call; opt.pyx includes this.
 
 def fit(Sched sched not None, Tensor inputs not None, Tensor outputs not None, OptDataset dataset not None, *,
-        loss_type=OptLossType.CROSS_ENTROPY, optimizer=None, int nepoch=1, int64_t nbatch_logical=0,
+        loss_type=OptLossType.CROSS_ENTROPY, optimizer=None, nepoch=1, nbatch_logical=0,
         double val_split=0.0, callback=None):
     """Return the results of the last epoch, (train, validation), after nepoch epochs over shuffled data.
 
@@ -11,8 +11,8 @@ def fit(Sched sched not None, Tensor inputs not None, Tensor outputs not None, O
     Wraps: ggml_opt_fit.
     """
     cdef int64_t n_batch = inputs.ptr().ne[1], ndata = dataset.ndata, split
-    nbatch_logical = nbatch_logical or n_batch
-    if nepoch < 1 or not 0 <= val_split < 1:
+    nbatch_logical = index(nbatch_logical) or n_batch
+    if index(nepoch) < 1 or not 0 <= val_split < 1:
         raise ParameterError(f"fit: nepoch = {nepoch} must be at least 1, and val_split = {val_split} 0 to below 1")
     if nbatch_logical < 1 or n_batch < 1 or nbatch_logical % n_batch or ndata % nbatch_logical:
         raise ShapeError(f"fit: {ndata} datapoints, steps of {nbatch_logical} and batches of {n_batch} do not divide")

@@ -5,14 +5,17 @@ cdef enum:
     STATIC_SIZE = 2048  # GGML_DEFAULT_GRAPH_SIZE: what ggml takes for static graphs
     SPARE = 64  # tensors, beyond those that are counted here
     MAX_NODES = 1 << 15
+    MAX_TENSORS = 1 << 24
 
 
+@cython.final
 cdef class Plan:
     """A training step, built but never computed."""
 
     cdef CGraph graph
     cdef Indices indices
     cdef list leaves
+    cdef list places  # (address, address of its data) of each leaf that had data when the graphs were built
     cdef int n_nodes, n_leaves, n_params, n_tensors
 
 
@@ -29,7 +32,7 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     if size > MAX_NODES:
         raise AllocError(f"OptContext: a graph of {n_forward} nodes and leaves is too large to train")
     overhead = c.ggml_graph_overhead_custom(size, True)
-    ctx = Context(size * c.ggml_tensor_overhead() + overhead)
+    cdef Context ctx = Context(size * c.ggml_tensor_overhead() + overhead)
     plan.graph = CGraph(ctx, size, grads=True)
     for address in seen:
         t = <c.ggml_tensor *> <size_t> address
@@ -38,6 +41,8 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     for each in loss_of(ctx, outputs, loss_type):
         plan.graph.expand(each)
     plan.leaves = leaves_of(plan.graph)
+    plan.places = [(address, <size_t> (<c.ggml_tensor *> <size_t> address).data) for address, _ in plan.leaves
+                   if not ctx.holds(<c.ggml_tensor *> <size_t> address)]
     plan.n_params = sum([1 for address in nodes_of(plan.graph) if is_param(address)])
     plan.graph.build_backward()
     plan.indices = Indices(plan.graph)
@@ -61,6 +66,12 @@ cdef list signature_of(addresses):
     return [(is_param(address), (<c.ggml_tensor *> <size_t> address).ne) for address in addresses]
 
 
+cdef list flags_of(addresses):
+    """Return which nodes are marked as parameters or losses, which must not change until ggml has built a step."""
+    return [(<c.ggml_tensor *> <size_t> address).flags & (c.GGML_TENSOR_FLAG_PARAM | c.GGML_TENSOR_FLAG_LOSS)
+            for address in addresses]
+
+
 cdef list leaves_of(CGraph graph):
     """Return (address, whether it is a parameter) of each leaf that the graph's nodes are computed from."""
     seen = set()
@@ -69,7 +80,40 @@ cdef list leaves_of(CGraph graph):
             == c.GGML_OP_NONE]
 
 
-def loss_of(Context ctx, Tensor outputs, loss_type):
+cdef int check_tensors(Tensor inputs, Tensor outputs) except -1:
+    """Check that outputs are computed from inputs, which are datapoints."""
+    cdef c.ggml_tensor * t = inputs.ptr()
+    if t.op != c.GGML_OP_NONE or t.view_src != NULL or t.ne[2] * t.ne[3] != 1 or not inputs.is_contiguous:
+        raise ShapeError(f"OptContext: inputs must be a leaf [ne_datapoint, ndata_batch], not {inputs!r}")
+    if outputs.ptr().op == c.GGML_OP_NONE or not outputs.nelements or not inputs.nelements:
+        raise ShapeError(f"OptContext: {outputs!r} is not computed from inputs")
+    seen = set()
+    count([<size_t> outputs.ptr()], seen)
+    if <size_t> t not in seen:
+        raise ShapeError(f"OptContext: outputs {outputs.name!r} are not computed from inputs {inputs.name!r}")
+    return 0
+
+
+cdef object read_optimizer(c.ggml_opt_optimizer_params * pars, found, kind):
+    """Fill `pars` from an AdamW or SGD, which must be a `kind` unless this is None; return which it is.
+
+    The numbers are checked as they will be used: a subclass can say something else each time.
+    """
+    if not isinstance(found, kind or (AdamW, SGD)):
+        wanted = "AdamW or SGD, or a function that returns one" if kind is None else kind.__name__
+        raise ParameterError(f"OptContext: the optimiser must be {wanted}, not {found!r}")
+    if isinstance(found, AdamW):
+        found = AdamW(<double> found.alpha, <double> found.beta1, <double> found.beta2, <double> found.eps,
+                      <double> found.wd)
+        pars.adamw.alpha, pars.adamw.beta1, pars.adamw.beta2 = found.alpha, found.beta1, found.beta2
+        pars.adamw.eps, pars.adamw.wd = found.eps, found.wd
+    else:
+        found = SGD(<double> found.alpha, <double> found.wd)
+        pars.sgd.alpha, pars.sgd.wd = found.alpha, found.wd
+    return type(found)
+
+
+cdef tuple loss_of(Context ctx, Tensor outputs, loss_type):
     """Return the tensors that ggml_opt computes from the outputs: the loss, and what is counted."""
     if outputs.ptr().type != c.GGML_TYPE_F32:
         raise DTypeError(f"OptContext: outputs must be F32, not {outputs.type.name}")
@@ -119,3 +163,13 @@ cdef int check_leaves(Plan plan, list owners, Context fresh) except -1:
             if param and (<Owner> owner).owns_readonly(root.buffer):
                 raise DTypeError(f"parameter {plan.graph._wrap(t).name!r} is in a read-only mapping")
     return check_writable(plan.graph, owners)
+
+
+cdef int check_places(Plan plan) except -1:
+    """Check that no leaf's data has moved: ggml's copies of static graphs have the addresses that it had."""
+    cdef c.ggml_tensor * t
+    for address, data in plan.places:
+        t = <c.ggml_tensor *> <size_t> address
+        if <size_t> t.data != data:
+            raise BackendError(f"the data of tensor {plan.graph._wrap(t).name!r} has moved since the graphs were built")
+    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pyggml_adapt.errors import (
     ParameterError,
     ShapeError,
 )
-from pyggml_adapt.ggml import CGraph, Context, Sched, Tensor, Type, ops
+from pyggml_adapt.ggml import Backend, CGraph, Context, Sched, Slots, Tensor, TensorTable, Threadpool, Type, ops
 from pyggml_adapt.ggml.opt import SGD, AdamW, OptContext, OptDataset, OptLossType, OptResult, fit, progress
 
 MSE, CE = OptLossType.MEAN_SQUARED_ERROR, OptLossType.CROSS_ENTROPY
@@ -437,8 +438,10 @@ def test_results_are_of_one_kind(linear):
     with linear.opt() as opt:
         opt.epoch(OptDataset(X, Y), result)
     linear.sched.reset()
-    with linear.opt(loss_type=CE) as opt, pytest.raises(ShapeError, match="eval: a result of"):
-        opt.epoch(OptDataset(X, ONE_HOT), result)
+    with linear.opt(loss_type=CE) as opt:
+        with pytest.raises(ShapeError, match="eval: a result of"):
+            opt.epoch(OptDataset(X, ONE_HOT), result)
+        opt.epoch(OptDataset(X, ONE_HOT))  # nothing was left half done
 
 
 def test_a_parameter_too_late(linear):
@@ -526,3 +529,248 @@ def test_memory_is_freed(backend):
         if i == 20:
             before = peak()
     assert peak() - before < 20_000  # KB; one context of graphs is 0.6 MB
+
+
+@pytest.mark.parametrize("base", [OptContext, OptDataset, OptResult], ids=lambda base: base.__name__)
+def test_no_class_can_be_derived(base):
+    with pytest.raises(TypeError, match="is not an acceptable base type"):
+        type("Derived", (base,), {})
+
+
+def test_the_scheduler_is_not_reset_meanwhile(linear):
+    """It is for the optimiser until that is closed, also between the steps of dynamic graphs."""
+    sched = linear.sched
+    for make in (linear.opt, lambda: OptContext(sched, loss_type=MSE)):
+        opt = make()
+        for _ in range(2):
+            with pytest.raises(BackendError, match="close the Context of the scheduler's graph first"):
+                sched.reset()
+            opt.epoch(OptDataset(X, Y)) if opt.static_graphs else dynamic_step(opt, linear, slice(4))
+        opt.close()
+        sched.reset()
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_graph_of_the_scheduler_is_closed_first(linear, static):
+    def make():
+        return linear.opt() if static else OptContext(linear.sched, loss_type=MSE)
+
+    with Context(Context.size_for(4, 8)) as left:
+        graph = CGraph(left, 8)
+        graph.expand(ops.scale(left, left.new_tensor(Type.F32, (4,)).set_input(), 2.0))
+        linear.sched.reserve(graph)
+        with pytest.raises(BackendError, match="close the Context of the graph that the scheduler had before"):
+            make()
+    make().close()
+
+
+def test_where_tensors_were_to_be_is_forgotten(python):
+    """As ggml does: a leaf that is first seen through a view had no place, and ggml ended the process."""
+    python(
+        PRELUDE
+        + """
+        ctx = Context(Context.size_for(16, 64))
+        leaf = ctx.new_tensor(Type.F32, (5, 4))
+        sched.set_tensor_backend(leaf, sched.backends[0])
+        opt = OptContext(sched, inputs, outputs, loss_type=OptLossType.MEAN)
+        opt.epoch(OptDataset(np.ones((4, 5), "f")))
+        opt.close()
+        graph = CGraph(ctx, 64)
+        graph.expand(ops.scale(ctx, ops.reshape(ctx, leaf, 4, 5), 2.0))
+        sched.alloc_graph(graph)
+        """
+    )
+
+
+PRELUDE = """
+        sched = Sched([Backend(n_threads=1)])
+        weights = Context(Context.size_for(8))
+        w = Tensor.from_numpy(weights, np.ones((3, 5), "f"), "w").set_param()
+        inputs = Tensor.from_numpy(weights, np.zeros((4, 5), "f"), "inputs")
+        outputs = w @ inputs
+"""
+
+
+def test_numbers_of_an_optimiser_are_those_that_were_checked(python):
+    """In a process of its own: ggml aborts on them."""
+    python(
+        PRELUDE
+        + """
+        class Changing(AdamW):
+            alpha = property(lambda self: float("nan"))
+        class Large(float):
+            __le__ = __ge__ = lambda self, other: True
+        odd = object.__new__(Changing)
+        spoilt = AdamW()
+        object.__setattr__(spoilt, "beta1", 2.0)
+        for each in (odd, spoilt, AdamW(wd=Large(-1)), SGD(alpha=Large("nan"))):
+            for name in ("beta1", "beta2", "eps", "wd"):
+                if each is odd:
+                    object.__setattr__(each, name, 0.5)
+            try:
+                opt = OptContext(sched, inputs, outputs, loss_type=OptLossType.MEAN, optimizer=each)
+                opt.epoch(OptDataset(np.ones((4, 5), "f")))
+            except ParameterError as exc:
+                assert " must be " in str(exc), exc
+            else:
+                raise SystemExit(f"{each} was taken")
+        """
+    )
+
+
+def test_an_optimiser_of_a_derived_class(linear):
+    class Mine(AdamW):
+        pass
+
+    opt = linear.opt(optimizer=Mine())
+    opt.epoch(OptDataset(X, Y))  # with AdamW's two moments, which SGD has not
+    assert not np.array_equal(linear.array, W)
+    sgd = Linear(linear.sched.backends[0])
+    sgd.opt(optimizer=SGD()).epoch(OptDataset(X, Y))
+    assert not np.array_equal(linear.array, sgd.array)
+
+
+def test_no_marks_after_prepare_alloc(python):
+    """In a process of its own: ggml aborts on a loss of our own."""
+    python(
+        PRELUDE
+        + """
+        opt = OptContext(sched, loss_type=OptLossType.SUM)
+        ctx = Context(OptContext.size_for(16, 512))
+        graph = CGraph(ctx, 512)
+        x = ctx.new_tensor(Type.F32, (5, 4)).set_input()
+        out = graph.expand(ops.sum(ctx, ops.mul_mat(ctx, w, x)))
+        opt.prepare_alloc(graph, x, out)
+        out.set_loss()
+        try:
+            opt.alloc(backward=True)
+        except BackendError as exc:
+            assert str(exc) == "alloc: parameters or losses were marked since prepare_alloc", exc
+        else:
+            raise SystemExit("it was taken")
+        """
+    )
+
+
+@pytest.mark.parametrize("owner", ["weights", "outputs", "sched", "backend"])
+def test_reset_after_an_owner_was_closed(owner):
+    with Backend(n_threads=1) as backend:
+        linear = Linear(backend)
+        opt = linear.opt(opt_period=2)
+        {"weights": linear.weights, "outputs": linear.outputs.ctx, "sched": linear.sched, "backend": backend}[
+            owner
+        ].close()
+        for optimizer in (False, True):
+            with pytest.raises(ClosedError, match="is closed"):
+                opt.reset(optimizer=optimizer)
+        opt.close()
+
+
+def test_data_that_has_moved(linear):
+    """Static graphs have the address that a slot's data had."""
+    ctx = Context(Context.size_for(16, 64))
+    graph = CGraph(ctx, 64)
+    slots = Slots(graph)
+    tables = [Tensor.from_numpy(Context(Context.size_for(1)), np.eye(3, dtype="f")) for _ in range(2)]
+    out = graph.expand(ops.mul_mat(ctx, slots.add(tables[0]), linear.outputs))
+    opt = OptContext(linear.sched, linear.inputs, out, loss_type=MSE)
+    opt.epoch(OptDataset(X, Y))
+    slots.seal()
+    slots.bind(TensorTable(tables[1:]))
+    with pytest.raises(BackendError, match=r"the data of tensor .* has moved since the graphs were built"):
+        opt.epoch(OptDataset(X, Y))
+    slots.bind(TensorTable(tables[:1]))
+    opt.epoch(OptDataset(X, Y))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no masks")
+def test_an_error_after_a_batch_loses_no_count(monkeypatch):
+    """What ggml has added to a result is counted, so that pred has room for it."""
+    backend = Backend(threadpool=Threadpool(1, cpumask=[min(os.sched_getaffinity(0))]))
+    opt, result, dataset = Linear(backend).opt(loss_type=CE), OptResult(), OptDataset(X[:8], ONE_HOT[:8])
+
+    def fail(*args):
+        raise OSError("no such processor")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no such processor"):
+        patched.setattr(os, "sched_setaffinity", fail)
+        opt.epoch(dataset, result)
+    assert (len(result.pred), result.ndata) == (4, 4)
+    opt.epoch(dataset, result)
+    assert (len(result.pred), result.ndata) == (12, 12)
+
+
+def test_numbers_are_integers(linear):
+    opt, dataset = linear.opt(), OptDataset(X, Y)
+    for use in (
+        lambda: dataset.shuffle(opt, 1.5),
+        lambda: dataset.get_batch(0.5, 4),
+        lambda: dataset.get_batch(0, 4.0),
+        lambda: opt.epoch(dataset, idata_split=4.5),
+        lambda: OptDataset(X, Y, ndata_shard=1.5),
+        lambda: OptContext.size_for(1.5, 8),
+        lambda: OptContext(linear.sched, opt_period=1.5),
+        lambda: fit(linear.sched, linear.inputs, linear.outputs, dataset, nepoch=1.5),
+        lambda: fit(linear.sched, linear.inputs, linear.outputs, dataset, nbatch_logical=4.5),
+    ):
+        with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+            use()
+    for n in (-1, 1 << 40):
+        with pytest.raises(ShapeError, match=f"size_for: {n} tensors, not 0 to"):
+            OptContext.size_for(n, 8)
+    with pytest.raises(ShapeError, match="a graph of -1 nodes"):
+        OptContext.size_for(8, -1)
+
+
+def test_calls_within_calls(linear):
+    """Callbacks and optimisers that train, without end or after the end."""
+    opt, dataset = linear.opt(), OptDataset(X, Y)
+
+    def again(*args):
+        opt.epoch(dataset, callback_train=again)
+
+    with pytest.raises(RecursionError):
+        opt.epoch(dataset, callback_train=again)
+    opt.epoch(dataset)
+    opt.close()
+
+    def optimizer(epoch):
+        if epoch > 1:
+            opt.close()
+        return SGD()
+
+    opt = linear.opt(optimizer=optimizer)
+    opt.epoch(dataset)
+    with pytest.raises(ClosedError, match="OptContext is closed"):
+        opt.epoch(dataset)
+
+
+def test_a_finaliser_that_closes(python):
+    """The collector may call it wherever an object is made, up to Python 3.11 also within our own code."""
+    python(
+        PRELUDE
+        + """
+        import gc
+        class Cycle:
+            def __init__(self):
+                self.me = self
+            def __del__(self):
+                try:
+                    (opt.close, sched.close, dataset.close)[k % 3]()
+                except BusyError:
+                    pass
+        gc.set_threshold(3, 1, 1)
+        for k in range(60):
+            sched, dataset, result = Sched([Backend(n_threads=1)]), OptDataset(np.ones((24, 5), "f")), OptResult()
+            opt = OptContext(sched, inputs, outputs, loss_type=OptLossType.SUM)
+            try:
+                for _ in range(3):
+                    Cycle()
+                    opt.epoch(dataset, result)
+                    dataset.shuffle(opt)
+                    dataset.get_batch(0, 4)
+                    opt.reset(optimizer=True)
+            except ClosedError:
+                pass
+        """
+    )
