@@ -1,8 +1,12 @@
 """Conversion between NumPy arrays and ggml's types."""
 
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml.context cimport MAX_ELEMENTS
+
+from operator import index
 
 import numpy as np
 
@@ -17,10 +21,11 @@ _ACTIVATIONS = {
     Type.Q8_1: np.dtype([("d", np.float16), ("s", np.float16), ("q", np.int8, 32)]),
     Type.Q8_K: np.dtype([("d", np.float32), ("q", np.int8, 256), ("bsums", np.int16, 16)]),
 }
-_LARGEST = 1e10
+cdef float LARGEST = 1e10
 
 cdef enum:
     CHUNK = 1 << 24  # elements that are converted by one call: ggml counts blocks in an int
+    COPIED = 1 << 18  # elements of a quantised type: first they are copied, so that no other thread can change them
 
 
 def quantize(array, type, imatrix=None):
@@ -42,34 +47,57 @@ def quantize(array, type, imatrix=None):
         raise DTypeError(f"quantize: ggml does not convert to {type.name}")
     if type in _PLAIN:
         return exact(source, type)
-    if type.is_quantized:
-        check_range("the array", source, -_LARGEST)
-    source = np.ascontiguousarray(source, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        source = np.ascontiguousarray(source, dtype=np.float32)
     cdef int64_t ne0 = source.shape[source.ndim - 1] if source.ndim else 1
     weights = read_imatrix(imatrix, type, ne0, source.size // ne0)
     out = np.empty(source.size // ne0 * type.row_size(ne0), dtype=np.uint8)
     if source.size:
-        convert(source.reshape(-1), out, type, ne0, weights)
+        convert(source.reshape(-1), out, type, ne0, weights, type.is_quantized)
     return out
 
 
-cdef int convert(const float[::1] source, unsigned char[::1] out, int type, int64_t ne0, weights) except -1:
-    """Fill `out`.  weights: None, or one row for each part of the rows."""
+cdef int convert(const float[::1] source, unsigned char[::1] out, int type, int64_t ne0, weights,
+                 bint checked) except -1:
+    """Fill `out`.  weights: None, or one row for each part of the rows.  checked: whether numbers have limits."""
     cdef int64_t n_rows = source.shape[0] // ne0, i = 0, n
     cdef int64_t per_part = n_rows if weights is None else n_rows // len(weights)
+    cdef int64_t at_once = max((COPIED if checked else CHUNK) // ne0, 1)
     cdef size_t row = c.ggml_row_size(<c.ggml_type> type, ne0)
     cdef const float[:, ::1] each
+    cdef float[::1] copied = np.empty(min(at_once, n_rows) * ne0 if checked else 1, dtype=np.float32)
     cdef const float * importance = NULL
+    cdef const float * start
+    cdef bint sound = True
     if weights is not None:
         each = weights
         importance = &each[0, 0]
     with nogil:
-        while i < n_rows:
-            n = min(max(CHUNK // ne0, 1), per_part - i % per_part)
-            c.ggml_quantize_chunk(<c.ggml_type> type, &source[i * ne0], &out[<size_t> i * row], 0, n, ne0,
-                                  NULL if importance == NULL else importance + i // per_part * ne0)
+        while i < n_rows and sound:
+            n = min(at_once, per_part - i % per_part)
+            start = &source[i * ne0]
+            if checked:
+                memcpy(&copied[0], start, n * ne0 * sizeof(float))
+                start = &copied[0]
+                sound = are_within(start, n * ne0, -LARGEST)
+            if sound:
+                c.ggml_quantize_chunk(<c.ggml_type> type, start, &out[<size_t> i * row], 0, n, ne0,
+                                      NULL if importance == NULL else importance + i // per_part * ne0)
             i += n
-    return 0
+    return 0 if sound else refuse("the array", -LARGEST)
+
+
+cdef bint are_within(const float * numbers, int64_t n, float lowest) noexcept nogil:
+    """Return whether numbers are in a range in which ggml's searches for the best blocks neither overflow nor abort."""
+    cdef int64_t i
+    cdef bint sound = True
+    for i in range(n):
+        sound = sound & (numbers[i] >= lowest) & (numbers[i] <= LARGEST)
+    return sound
+
+
+cdef int refuse(str what, float lowest) except -1:
+    raise ParameterError(f"quantize: {what} has numbers that are not from {lowest:g} to {LARGEST:g}")
 
 
 cdef read_imatrix(imatrix, type, int64_t ne0, int64_t n_rows):
@@ -85,22 +113,28 @@ cdef read_imatrix(imatrix, type, int64_t ne0, int64_t n_rows):
         raise ShapeError(f"quantize: an imatrix of shape {weights.shape} for rows of {ne0}")
     if weights.ndim == 2 and (not len(weights) or n_rows % len(weights)):
         raise ShapeError(f"quantize: an imatrix of {len(weights)} parts for {n_rows} rows")
-    check_range("the imatrix", weights, 0)
-    return np.ascontiguousarray(np.atleast_2d(weights), dtype=np.float32)
+    with np.errstate(over="ignore"):
+        own = np.array(np.atleast_2d(weights), dtype=np.float32, order="C")  # a copy, as in convert()
+    check_weights(own)
+    return own
 
 
-cdef int check_row(str op, int64_t ne0, type) except -1:
-    """Check that rows of ne0 elements are rows of blocks."""
-    if ne0 < 1 or ne0 % type.blck_size:
+cdef int check_weights(const float[:, ::1] weights) except -1:
+    return 0 if are_within(&weights[0, 0], weights.shape[0] * weights.shape[1], 0) else refuse("the imatrix", 0)
+
+
+cdef int64_t check_row(str op, ne0, type) except -1:
+    """Return ne0, checked to be the elements of a row of blocks, which a tensor can have."""
+    cdef int64_t n
+    try:
+        n = index(ne0)
+    except OverflowError:
+        n = -1
+    if n < 1 or n % <int64_t> type.blck_size:
         raise ShapeError(f"{op}: rows of {ne0} elements are not a multiple of {type.name}'s block size")
-    return 0
-
-
-cdef int check_range(str what, array, float lowest) except -1:
-    """Check that numbers are in a range in which ggml's searches for the best blocks neither overflow nor abort."""
-    if array.size and not (float(array.min()) >= lowest and float(array.max()) <= _LARGEST):
-        raise ParameterError(f"quantize: {what} has numbers that are not from {lowest:g} to {_LARGEST:g}")
-    return 0
+    if n > MAX_ELEMENTS:
+        raise ShapeError(f"{op}: rows of {ne0} elements are longer than any tensor's")
+    return n
 
 
 cdef exact(array, type):
@@ -112,27 +146,27 @@ cdef exact(array, type):
     return found.reshape(-1).view(np.uint8)
 
 
-def dequantize(data, type, int64_t ne0):
+def dequantize(data, type, ne0):
     """Return `data`, the bytes of rows of ne0 elements of `type`, as an array [n_rows, ne0].
 
     It has F32 elements, but F64 and the I types have NumPy's of the same name.  data: any contiguous buffer.
     Releases the GIL.
-    Raises: ShapeError if the bytes are not whole rows.
+    Raises: ShapeError if the bytes are not whole rows, or ne0 is no row of a tensor.
     Wraps: ggml_type_traits.to_float.
     """
     type = Type(type)
     source = np.frombuffer(data, dtype=np.uint8)
-    check_row("dequantize", ne0, type)
-    cdef size_t row = type.row_size(ne0)
+    cdef int64_t n = check_row("dequantize", ne0, type)
+    cdef size_t row = type.row_size(n)
     if source.size % row:
         raise ShapeError(f"dequantize: {source.size} bytes are not whole rows of {row} bytes")
     n_rows = source.size // row
     if type in _PLAIN:
-        return source.view(_PLAIN[type]).reshape(n_rows, ne0).copy()
+        return source.view(_PLAIN[type]).reshape(n_rows, n).copy()
     if type in _ACTIVATIONS:
         blocks = source.view(_ACTIVATIONS[type])
-        return (blocks["q"] * blocks["d"].astype(np.float32)[:, None]).reshape(n_rows, ne0)
-    out = np.empty((n_rows, ne0), dtype=np.float32)
+        return (blocks["q"] * blocks["d"].astype(np.float32)[:, None]).reshape(n_rows, n)
+    out = np.empty((n_rows, n), dtype=np.float32)
     if out.size:
         if source.ctypes.data % 4:  # blocks hold 16-bit and 32-bit numbers
             source = source.copy()

@@ -190,6 +190,16 @@ def test_threads_make_tables_at_once(python):
             ParameterError,
             "quantize: the imatrix has numbers that are not from 0 to 1e+10",
         ),
+        (
+            (np.full(256, 1e300), Type.Q4_K),
+            ParameterError,
+            "quantize: the array has numbers that are not from -1e+10 to 1e+10",
+        ),
+        (
+            (X, Type.Q4_K, np.full(512, 1e300)),
+            ParameterError,
+            "quantize: the imatrix has numbers that are not from 0 to 1e+10",
+        ),
         ((X, Type.Q4_K, np.ones(511)), ShapeError, "quantize: an imatrix of shape (511,) for rows of 512"),
         ((X, Type.Q4_K, 1.0), ShapeError, "quantize: an imatrix of shape () for rows of 512"),
         ((X, Type.Q4_K, np.ones((1, 1, 512))), ShapeError, "quantize: an imatrix of shape (1, 1, 512) for rows of 512"),
@@ -218,6 +228,27 @@ def test_quantize_preconditions(args, error, message):
             ShapeError,
             "dequantize: rows of 0 elements are not a multiple of Q8_0's block size",
         ),
+        (
+            (b"1234", Type.F32, 1 << 62),
+            ShapeError,
+            f"dequantize: rows of {1 << 62} elements are longer than any tensor's",
+        ),
+        (
+            (b"", Type.Q4_K, 1 << 60),
+            ShapeError,
+            f"dequantize: rows of {1 << 60} elements are longer than any tensor's",
+        ),
+        (
+            (b"1234", Type.F32, 1 << 70),
+            ShapeError,
+            f"dequantize: rows of {1 << 70} elements are not a multiple of F32's block size",
+        ),
+        (
+            (b"1234", Type.F32, -(1 << 62)),
+            ShapeError,
+            f"dequantize: rows of {-(1 << 62)} elements are not a multiple of F32's block size",
+        ),
+        ((b"1234", Type.F32, 1.0), TypeError, "'float' object cannot be interpreted as an integer"),
     ],
 )
 def test_dequantize_preconditions(args, error, message):
