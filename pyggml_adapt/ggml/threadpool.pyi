@@ -1,14 +1,12 @@
 from collections.abc import Iterable
-from typing import Final
-
-from typing_extensions import disjoint_base
+from typing import Final, final
 
 from pyggml_adapt.ggml.context import Owner
 from pyggml_adapt.ggml.enums import SchedPriority
 
 MAX_THREADS: Final[int]
 
-@disjoint_base
+@final
 class Threadpool(Owner):
     def __new__(
         cls,

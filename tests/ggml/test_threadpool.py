@@ -86,7 +86,7 @@ def test_pausing():
         pool.resume()
 
 
-@pytest.mark.parametrize("n", [0, -1, 513])
+@pytest.mark.parametrize("n", [0, -1, 513, 1 << 40])
 def test_sizes(n):
     with pytest.raises(BackendError, match=rf"^n_threads must be 1 to 512, not {n}$"):
         Threadpool(n)
@@ -99,9 +99,14 @@ def test_preconditions():
     for cpu in (absent, -1, 600, 1 << 40):
         with pytest.raises(ParameterError, match=rf"^cpumask: this process may not run on processor {cpu}, only on \["):
             Threadpool(1, cpumask=[cpu])
-    for poll in (-1, 101):
+    for poll in (-1, 101, 1 << 40):
         with pytest.raises(ParameterError, match=rf"^poll must be 0 to 100, not {poll}$"):
             Threadpool(1, poll=poll)
+    for wrong in ({"n_threads": 1.5}, {"poll": 0.5}, {"cpumask": "0"}, {"cpumask": [0.5]}):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            Threadpool(**{"n_threads": 1, **wrong})
+    with pytest.raises(TypeError, match="is not an acceptable base type"):
+        type("Derived", (Threadpool,), {})
     with pytest.raises(ValueError, match="is not a valid"):
         Threadpool(1, prio=9)
     with pytest.raises(BackendError, match=r"^n_threads are those of the threadpool: give one of them$"):
@@ -161,3 +166,38 @@ def test_lifetimes(python):
             Backend(n_threads=2)
             Threadpool(2).pause()
         """)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_does_not_wait_for_threads(python):
+    """It has none of the parent's: what would wait for them says so, and one thread goes on."""
+    out = python("""
+        import os, signal
+        def graph():
+            ctx = Context(Context.size_for(8, 8))
+            graph = CGraph(ctx, 8)
+            x = ctx.new_tensor(Type.F32, (4096, 64)).set_input()
+            out = graph.expand(ops.silu(ctx, x).set_output())
+            allocr = GAllocr(Device.cpu().buffer_type)
+            allocr.alloc_graph(graph)
+            x.set_data(bytes(x.nbytes))
+            return graph, allocr
+        one, two, (each, allocr) = Backend(n_threads=1), Backend(n_threads=2), graph()
+        each.compute(one)
+        each.compute(two)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            try:
+                each.compute(two)
+            except (BackendError, ClosedError) as exc:
+                print(type(exc).__name__)
+            each.compute(one)
+            two.close()
+            two.threadpool.close()
+            print("end", flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        each.compute(two)
+        """)
+    assert out.split() in (["BackendError", "end"], ["ClosedError", "end"])
