@@ -40,7 +40,7 @@ class ClosedError(GGMLError, ValueError):
 
 
 class BusyError(GGMLError, RuntimeError):
-    """An owner cannot be closed while ggml is using it on another thread."""
+    """What a computation uses cannot be closed, written, or computed with a second time, until it has ended."""
 
 
 class BackendError(GGMLError, RuntimeError):

@@ -15,7 +15,7 @@ from numbers import Real
 
 import numpy as np
 
-from pyggml_adapt.errors import AllocError, BusyError, ClosedError, DTypeError, ShapeError
+from pyggml_adapt.errors import AllocError, BusyError, ClosedError, DTypeError, ParameterError, ShapeError
 from pyggml_adapt.ggml.enums import Type
 
 cdef class Owner:
@@ -263,8 +263,11 @@ cdef class Context(Owner):
     def size_for(int n_tensors, int graph_size=0):
         """Return the bytes that n_tensors tensors, and one graph of graph_size nodes if not 0, need.
 
+        Raises: ParameterError for negative numbers.
         Wraps: ggml_tensor_overhead, ggml_graph_overhead_custom.
         """
+        if n_tensors < 0 or graph_size < 0:
+            raise ParameterError(f"size_for: {n_tensors} tensors and a graph of {graph_size} nodes")
         cdef size_t size = n_tensors * c.ggml_tensor_overhead()
         if graph_size:
             size += c.ggml_graph_overhead_custom(graph_size, False)
