@@ -16,12 +16,14 @@ test:
 	    --no-binary llama-cpp-python '.[test]'
 	$(VENV)/bin/pytest
 
-# The ggml tests, and the fuzz of its ops, with ggml and the extension modules under AddressSanitizer and UBSan: in a venv
-# and a build folder of their own.  The sanitizers' libraries must be loaded before Python, and Python's own leaks
-# are none of ours; libstdc++ is there so that exceptions find the sanitizer.  ggml itself shifts into the sign bit, and
-# reads enums from files before it checks them: these two are not looked for.  The sanitizer keeps freed memory, and writes
-# of refused allocations on stderr: two tests look at just that.  CASES is how many the fuzz has.
+# The ggml tests, and the fuzzes of its ops and of its owners, with ggml and the extension modules under
+# AddressSanitizer and UBSan: in a venv and a build folder of their own.  The sanitizers' libraries must be loaded
+# before Python, and Python's own leaks are none of ours; libstdc++ is there so that exceptions find the sanitizer.
+#  ggml itself shifts into the sign bit, and reads enums from files before it checks them: these two are not looked
+# for.  The sanitizer keeps freed memory, and writes of refused allocations on stderr: two tests look at just that.
+#  CASES and PROGRAMS are how many the fuzzes have.
 CASES ?= 20000
+PROGRAMS ?= 300
 SANITIZERS = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CC) -print-file-name=$(lib)))
 SANITIZED = LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
@@ -37,6 +39,7 @@ asan:
 	    --ignore=tests/ggml/test_$(needs_more).py) --deselect tests/ggml/test_context.py::test_memory_stays_flat \
 	    --deselect tests/ggml/test_status.py::test_nothing_on_stderr_by_default
 	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_ops.py --cases $(CASES)
+	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_life.py --programs $(PROGRAMS)
 
 lint:
 	$(PYTHON) -m venv $(LINT)

@@ -1,8 +1,8 @@
 """Cases for fuzz_ops.py: what an op could be called with, from its stub and its docstring, right or wrong on purpose.
 
 A case is plain JSON, so that it can be written down before it runs and run again:
-leaves: type, ne and place of each; steps: op and arguments, each a tensor by its number (leaves first, then what the
-steps gave), a number, a list, None, a function, or a Context.
+leaves: type, ne and place of each, and `param`, true for a parameter; steps: op and arguments, each a tensor by its
+number (leaves first, then what the steps gave), a number, a list, None, a function, or a Context.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import fuzz_valid
 
 from pyggml_adapt.ggml import Type, enums, ops
 
@@ -30,6 +32,7 @@ TAME_FLOATS = (0.0, 1.0, 1.0, 0.5, 1e-5, 8.0, 1e4)
 FLOATS = (0.0, 1.0, -1.0, 0.5, 1e-5, 8.0, 1e4, 1e-40, 3e38, -3e38, 1e300, math.nan, math.inf, -math.inf)
 PLACES = ("graph",) * 8 + ("buffer", "readonly", "foreign", "foreign", "bare", "foreign bare")
 COUNTS = (0, 1, 2, 3, 3, 4, 4, 4, 5)
+WRONG: tuple[Any, ...] = ({"none": 1}, {"n": 3}, {"s": "x"}, {"l": []}, {"c": "closed"}, {"f": "nothing"})
 FUNCTIONS = ("nothing", "raise", "write", "number")
 
 
@@ -147,8 +150,15 @@ class Maker:
         if known and self.chance(0.5):
             case = self.changed(self.random.choice(known))
         else:
-            case = {"leaves": [], "steps": []}
-            self.call(case, name)
+            case = self.valid(name) if name in fuzz_valid.CALLS and self.chance(0.7) else None
+            if case is None:
+                case = {"leaves": [], "steps": []}
+                self.call(case, name)
+            elif self.chance(0.4):
+                case = self.changed(case)
+        args = case["steps"][-1]["args"]
+        if args and self.chance(0.12):  # some ops take whatever fits their stub
+            args[self.random.randrange(len(args))] = self.random.choice(WRONG)
         while len(case["steps"]) < 6 and self.chance(0.3):  # others go on with what this one gives
             numbers = [*range(len(case["leaves"])), *range(1000, 1000 + len(case["steps"]))]
             self.call(case, self.random.choice(self.names), self.random.choice(numbers))
@@ -156,6 +166,25 @@ class Maker:
         case["fill"] = self.random.choice(("normal", "normal", "small", "small", "zeros", "special", "bytes"))
         case["end"] = self.random.choice(("gallocr",) * 8 + ("sched", "close", "empty"))
         case["seed"] = self.random.randrange(2**31)
+        return case
+
+    def valid(self, name: str) -> Case:
+        """Return a call of the op as fuzz_valid.py has it, with leaves that can be computed with, most of the time."""
+        case: Case = {"leaves": [], "steps": []}
+
+        def call(name: str) -> Any:
+            args = fuzz_valid.CALLS[name](draw)
+            context = [{"c": "own"}] if self.signatures[name][0].kind.startswith("Context") else []
+            case["steps"].append({"op": name, "args": [*context, *args]})
+            return {"t": 1000 + len(case["steps"]) - 1}
+
+        def add(type: str, ne: list[int], is_param: bool) -> int:
+            place = self.random.choice(PLACES) if self.chance(0.1) else "graph"
+            case["leaves"].append({"type": type, "ne": ne, "place": place, "param": is_param})
+            return len(case["leaves"]) - 1
+
+        draw = fuzz_valid.Draw(self.random, add, call)
+        call(name)
         return case
 
     def changed(self, case: Case) -> Case:
@@ -223,7 +252,7 @@ class Maker:
     def argument(self, case: Case, parameter: Parameter, symbols: dict[str, Any], wrong: bool) -> Any:
         """Return one argument, adding the leaf that it is, if it is a tensor."""
         if wrong and self.chance(0.1):
-            return self.random.choice(({"none": 1}, {"n": 3}, {"s": "x"}, {"l": []}, {"c": "closed"}, {"f": "nothing"}))
+            return self.random.choice(WRONG)
         if parameter.kind.startswith("Context"):
             return {"c": "closed" if self.chance(0.01) else "foreign" if self.chance(0.02) else "own"}
         if re.search(r"(Sequence|Iterable|list)\[Tensor", parameter.kind):

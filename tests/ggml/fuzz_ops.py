@@ -28,8 +28,9 @@ from pyggml_adapt.ggml import Backend, Buffer, CGraph, Context, GAllocr, Sched, 
 
 HANG = 10.0  # seconds, of a case
 START = 120.0  # seconds, of a process
-MAX_NBYTES = 1 << 26  # of all tensors of a graph that is computed
+MAX_NBYTES = 1 << 21  # of all tensors of a graph that is computed: convolutions of more would take many seconds
 N_TENSORS = 64
+COUNTED = ("accepted", "refused", "computed")  # calls of an op
 ALLOWED = (GGMLError, TypeError, ValueError, OverflowError)
 
 
@@ -58,10 +59,11 @@ class Runner:
                 self.tensors[i] = self.leaf(leaf)
         self.operands = dict(self.tensors)
         self.accepted: list[str] = []
+        self.refused: list[str] = []
         for i, step in enumerate(case["steps"]):
             ok, found = self.step(step)
             self.tensors[1000 + i] = found
-            self.accepted += [step["op"]] * ok
+            (self.accepted if ok else self.refused).append(step["op"])
             given = [self.argument(each) for each in step["args"] if "t" in each]
             self.operands[1000 + i] = found or next(iter(given), None)  # of what is refused, its operand goes on
         self.computed: list[str] = []
@@ -77,6 +79,8 @@ class Runner:
         """Return a new leaf, or None if there can be none such."""
         place = leaf["place"]
         tensor = self.contexts["foreign" if "foreign" in place else "own"].new_tensor(Type[leaf["type"]], leaf["ne"])
+        if leaf.get("param"):
+            tensor.set_param()
         if place == "graph":
             tensor.set_input()
         elif place == "readonly":
@@ -170,7 +174,7 @@ def contents(tensor: Tensor, fill: str, random: np.random.Generator) -> bytes:
 
 
 def work(seed: int, first: int, n: int) -> None:
-    """Run n cases, writing each to stdout before, and after it what was odd, and the ops it accepted and computed."""
+    """Run n cases, writing each to stdout before, and after it what was odd, and what became of its ops."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what ggml itself prints
     maker, runner = Maker(seed), Runner()
@@ -180,7 +184,7 @@ def work(seed: int, first: int, n: int) -> None:
         ok, odd = runner.run(case)
         if ok and len(case["steps"]) <= 4:
             maker.remember(case)
-        done = {"odd": odd, "accepted": runner.accepted, "computed": runner.computed}
+        done = {"odd": odd, "accepted": runner.accepted, "refused": runner.refused, "computed": runner.computed}
         print(json.dumps({"done": done}), file=out, flush=True)
 
 
@@ -195,7 +199,7 @@ class Worker:
         self.case: str | None = None
         self.n_done = 0
         self.odd: list[tuple[str, str | None]] = []
-        self.counts: dict[str, Counter[str]] = {"accepted": Counter(), "computed": Counter()}
+        self.counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
 
     def follow(self) -> str | None:
         """Wait until it ends, and return what was wrong, None if nothing."""
@@ -237,7 +241,7 @@ class Worker:
 
 def run(n_cases: int, seed: int, per_process: int) -> int:
     """Run the cases, print what went wrong and how often ops were accepted, and return the number of faults."""
-    totals: dict[str, Counter[str]] = {key: Counter() for key in ("accepted", "computed")}
+    totals: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
     done, n_faults = 0, 0
     seen: Counter[str] = Counter()
     while done < n_cases:
