@@ -195,7 +195,9 @@ cdef class Buffer(Owner):
         if <size_t> (base + self._pad + offset) % multiple:
             raise ShapeError(f"place: tensor {tensor.name!r} of {tensor.type.name} must begin at a multiple of "
                              f"{multiple} bytes")
-        if c.ggml_backend_tensor_alloc(ptr, t, base + self._pad + offset) != c.GGML_STATUS_SUCCESS:
+        # of an empty buffer ggml has no address: then the tensor, as empty, needs none
+        if base != NULL and c.ggml_backend_tensor_alloc(
+                ptr, t, base + self._pad + offset) != c.GGML_STATUS_SUCCESS:
             raise AllocError(f"place: {last_log()}")
         tensor.ctx.depend_on(self)
 

@@ -33,6 +33,8 @@ cdef list acquire(list owners)
 cdef void release(list owners) noexcept
 cdef list occupy(list owners)
 cdef void vacate(list owners) noexcept
+cdef int put_in(c.ggml_tensor * stand_in, c.ggml_tensor * t) except -1
+cdef void take_out(c.ggml_tensor * stand_in) noexcept
 cdef c.ggml_tensor * original(c.ggml_tensor * t) noexcept
 cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept
 cdef bint is_view(c.ggml_tensor * t) noexcept

@@ -129,6 +129,21 @@ cdef void vacate(list owners) noexcept:
     release(owners)
 
 
+cdef set stand_ins = set()  # the addresses of those that graphs compute with now
+
+
+cdef int put_in(c.ggml_tensor * stand_in, c.ggml_tensor * t) except -1:
+    """Let a copy of t be known as what stands in for it in a graph, until take_out()."""
+    stand_in.flags |= STAND_IN
+    stand_in.extra = t
+    stand_ins.add(<size_t> stand_in)
+    return 0
+
+
+cdef void take_out(c.ggml_tensor * stand_in) noexcept:
+    stand_ins.discard(<size_t> stand_in)
+
+
 cdef c.ggml_tensor * original(c.ggml_tensor * t) noexcept:
     """Return t, or the tensor that it stands in for while a graph is computed."""
     return <c.ggml_tensor *> t.extra if t.flags & STAND_IN else t
@@ -147,7 +162,7 @@ cdef bint is_view(c.ggml_tensor * t) noexcept:
 
 
 cdef int count(list todo, set seen) except -1:
-    """Add to `seen` the addresses in `todo` and of all that these are computed from; return how many are leaves."""
+    """Add to `seen` the addresses in `todo` and of all that these are computed from; return how many no op computes."""
     cdef c.ggml_tensor * t
     cdef size_t src
     cdef int i, n_leaves = 0
@@ -245,12 +260,13 @@ cdef class Context(Owner):
 
     cdef Context home(self, c.ggml_tensor * tensor):
         """Return the Context that owns `tensor`: this one, or one that this one depends on."""
-        tensor = original(tensor)
         if self.holds(tensor):
             return self
         for owner in reach([self]):
             if isinstance(owner, Context) and (<Context> owner).holds(tensor):
                 return owner
+        if <size_t> tensor in stand_ins:
+            return self.home(original(tensor))
         raise ClosedError("the Context of this Tensor is closed")
 
     cdef Tensor wrap(self, c.ggml_tensor * tensor):

@@ -6,6 +6,8 @@ from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libops as c
 
+cdef int64_t MAX_ROW = <int64_t> 1 << 42  # elements: as many as a tensor can have, see context.pxd
+
 
 def _type_members():
     for value in range(c.GGML_TYPE_COUNT):
@@ -33,7 +35,12 @@ class _TypeTraits:
         return bool(c.ggml_is_quantized(<c.ggml_type> <int> self.value))
 
     def row_size(self, int64_t ne0):
-        """Return the bytes of a row of ne0 elements, which must be a multiple of blck_size.  Wraps: ggml_row_size."""
+        """Return the bytes of a row of ne0 elements, which must be a multiple of blck_size.
+
+        Raises: ValueError if it is not, or if no tensor can have such rows.  Wraps: ggml_row_size.
+        """
+        if not 0 <= ne0 <= MAX_ROW:
+            raise ValueError(f"a row of {ne0} elements is not one of 0 to {MAX_ROW}")
         if ne0 % self.blck_size:
             raise ValueError(f"a row of {ne0} elements is not a multiple of {self.name}'s block of {self.blck_size}")
         return c.ggml_row_size(<c.ggml_type> <int> self.value, ne0)

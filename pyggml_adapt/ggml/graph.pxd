@@ -17,6 +17,7 @@ cdef set written_roots(CGraph graph)
 cdef int check_work(CGraph graph, Backend backend) except -1
 cdef int check_writable(CGraph graph, list owners) except -1
 cdef int point_views(CGraph graph) except -1
+cdef list homes_of(CGraph graph)
 cdef list memory_of(CGraph graph)
 cdef int raise_status(CGraph graph, c.ggml_status status, str doing) except -1
 
@@ -40,7 +41,7 @@ cdef class Indices:
     cdef Py_ssize_t _n_uses, _n_picked
     cdef int _record(self, list uses) except -1
     cdef int read(self, CGraph graph) except -1
-    cdef void lend(self) noexcept
+    cdef int lend(self) except -1
     cdef void restore(self) noexcept
 
 
@@ -55,13 +56,14 @@ cdef class CGraph:
     cdef Indices _indices
     cdef list _callbacks
     cdef list _homes  # the other Contexts that own nodes of it
-    cdef set _expanded  # addresses of nodes and leaves that _expand_deep() has added
+    cdef set _expanded  # addresses of leaves that expand() was given, and of all that _expand_deep() has added
     cdef int _n_cleared, _n_backward
     cdef c.ggml_cgraph * ptr(self) except NULL
     cdef Tensor _wrap(self, c.ggml_tensor * t)
     cdef int _changed(self) except -1
     cdef int _check_node(self, Backend backend, c.ggml_tensor * t) except -1
     cdef int _check_supported(self, Backend backend, list owners) except -1
+    cdef list _members(self)
     cdef int _check_still(self) except -1
     cdef bint was_checked(self, by, list owners) noexcept
     cdef int remember(self, by, list owners) except -1

@@ -8,7 +8,8 @@ from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    STAND_IN, Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, reach, release, root_of, vacate,
+    Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, put_in, reach, release, root_of, take_out,
+    vacate,
 )
 from pyggml_adapt.ggml.status cimport check
 
@@ -73,17 +74,25 @@ cdef class CGraph:
         self._check_still()
         cdef size_t n_tensors = self.ctx.n_tensors + self.ctx.n_foreign
         if n_tensors > <size_t> self.size:
-            seen = {<size_t> t}
-            n_leaves = count(nodes_of(self) + [<size_t> t], seen)
-            if max(n_leaves, len(seen) - n_leaves) > self.size:
+            seen = set()
+            n_leaves = count(self._members() + [<size_t> t], seen)
+            if max(n_leaves, len(seen) - n_leaves + n_params_of(seen)) > self.size:
                 raise AllocError(f"a graph of {self.size} nodes is too small for {tensor.name!r} and its operands")
         self._changed()
+        if self._expanded is None:
+            self._expanded = set()
+        if t.op == c.GGML_OP_NONE:
+            self._expanded.add(<size_t> t)
         if t.op == c.GGML_OP_NONE:  # no node's operand yet: a scheduler finds no place for it otherwise
             c.ggml_set_input(t)
         if n_tensors > MAX_DEPTH:
             self._expand_deep(t)
         c.ggml_build_forward_expand(self._ptr, t)
         return tensor
+
+    cdef list _members(self):
+        """Return the addresses of the nodes, and of leaves that need not be operands of any."""
+        return nodes_of(self) + list(self._expanded or ())
 
     cdef int _check_still(self) except -1:
         """Check that no computation has exchanged operands of tensors that the graph could reach, for the moment."""
@@ -98,8 +107,6 @@ cdef class CGraph:
         cdef c.ggml_tensor * cur
         cdef size_t address
         cdef int k
-        if self._expanded is None:
-            self._expanded = set()
         todo = [(<size_t> t, 0)]
         while todo:
             address, k = todo.pop()
@@ -173,6 +180,7 @@ cdef class CGraph:
                              f"{self.size}{' with gradients' if self.grads else ''}")
         dst.clear()
         c.ggml_graph_cpy(graph, dst._ptr)
+        dst._expanded = None if self._expanded is None else set(self._expanded)
         dst._n_backward = self._n_backward
         if dst.ctx is not self.ctx:
             dst.ctx.depend_on(self.ctx)
@@ -209,7 +217,7 @@ cdef class CGraph:
         trained = find_trained(self)
         check_backward(self, trained)
         seen = set()
-        n_leaves = count(nodes_of(self), seen)
+        n_leaves = count(self._members(), seen)
         n_new = MAX_PER_NODE * len(trained) + 1
         if max(n_leaves, len(seen)) + n_new > self.size:
             raise AllocError(f"a graph of {self.size} nodes is too small for {n_new} more")
@@ -379,8 +387,8 @@ cdef class CGraph:
                        and not self._callbacks and last >= 0 and t == nodes[last] and is_apart(t, &view, 2))
             if at_once:
                 copy = t[0]
-                copy.data, copy.extra = view.buf, t
-                copy.flags |= STAND_IN
+                copy.data = view.buf
+                put_in(&copy, t)
                 nodes[last] = &copy
             with nogil:
                 status = c.ggml_backend_graph_compute(backend._ptr, self._ptr)
@@ -388,6 +396,7 @@ cdef class CGraph:
                     c.ggml_backend_tensor_get(t, view.buf, 0, view.len)
             if at_once:
                 nodes[last] = t
+                take_out(&copy)
         finally:
             PyBuffer_Release(&view)
         return status
@@ -396,8 +405,8 @@ cdef class CGraph:
         """Compute, the backend's threads where they belong, with the indices that were read."""
         cdef c.ggml_status status
         before = None if backend.threadpool is None else backend.threadpool.enter()
-        self.lend(self._indices)
         try:
+            self.lend(self._indices)
             if result is not None:
                 return self._compute_into(backend, result, out)
             with nogil:

@@ -24,6 +24,15 @@ cdef object nodes_of(CGraph graph):
     return [<size_t> c.ggml_graph_node(graph._ptr, i) for i in range(c.ggml_graph_n_nodes(graph._ptr))]
 
 
+cdef int n_params_of(set addresses) noexcept:
+    """Return how many are parameters, which are nodes of a graph even as leaves."""
+    cdef size_t address
+    cdef int n = 0
+    for address in addresses:
+        n += (<c.ggml_tensor *> address).flags & c.GGML_TENSOR_FLAG_PARAM != 0
+    return n
+
+
 cdef int check_data(CGraph graph, c.ggml_tensor * t) except -1:
     """Check that a tensor of the graph has data, which its owners must have been checked to have still."""
     if t.data == NULL or root_of(t).buffer == NULL:

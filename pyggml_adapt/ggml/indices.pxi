@@ -132,8 +132,7 @@ cdef class Indices:
             for d in range(c.GGML_MAX_DIMS):
                 picked.copy.nb[d] = nbytes
                 nbytes *= picked.leaf.ne[d]
-            picked.copy.flags |= STAND_IN
-            picked.copy.extra, picked.copy.view_src, picked.copy.op = picked.leaf, NULL, c.GGML_OP_NONE
+            picked.copy.view_src, picked.copy.op = NULL, c.GGML_OP_NONE
             picked.copy.data = malloc(nbytes)
             if picked.copy.data == NULL:
                 raise MemoryError
@@ -179,16 +178,19 @@ cdef class Indices:
                                           f"at position {j}")
         return 0
 
-    cdef void lend(self) noexcept:
+    cdef int lend(self) except -1:
         """Let the nodes compute with what was read; an operand that a scheduler has copied to a device stays."""
         cdef Picked * picked
         cdef Use * use
         cdef Py_ssize_t i
+        for i in range(self._n_picked):
+            put_in(&self._picked[i].copy, self._picked[i].leaf)
         for i in range(self._n_uses):
             use = &self._uses[i]
             picked = &self._picked[use.picked]
             if use.node.src[use.k] == picked.leaf and c.ggml_backend_buffer_is_host(picked.copy.buffer):
                 use.node.src[use.k] = &picked.copy
+        return 0
 
     cdef void restore(self) noexcept:
         cdef Picked * picked
@@ -199,3 +201,5 @@ cdef class Indices:
             picked = &self._picked[use.picked]
             if use.node.src[use.k] == &picked.copy:
                 use.node.src[use.k] = picked.leaf
+        for i in range(self._n_picked):
+            take_out(&self._picked[i].copy)

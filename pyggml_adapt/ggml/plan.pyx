@@ -69,8 +69,8 @@ cdef class GraphPlan(Owner):
         cdef list owners = graph.begin(backend, [self])
         try:
             before = backend.threadpool.enter()
-            graph.lend(graph._indices)
             try:
+                graph.lend(graph._indices)
                 with nogil:
                     status = c.ggml_backend_graph_plan_compute(backend._ptr, self._plan)
             finally:

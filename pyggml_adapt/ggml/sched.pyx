@@ -1,5 +1,7 @@
 """Schedulers: graphs divided over several backends."""
 
+cimport cython
+
 import weakref
 
 from pyggml_adapt.ggml cimport libggml as c
@@ -28,6 +30,7 @@ cdef bint _ask_or_show(c.ggml_tensor * t, bint ask, void * sched) noexcept with 
     return (<Sched> sched)._ask(t, ask)
 
 
+@cython.no_gc_clear  # its backends are needed until it is freed
 cdef class Sched(Owner):
     """Own the allocation and execution of graphs over several backends; the last must be a CPU's.
 
@@ -318,8 +321,8 @@ cdef class Sched(Owner):
         cdef c.ggml_status status
         cdef Backend backend
         before = []
-        graph.lend(self._indices)
         try:
+            graph.lend(self._indices)
             for backend in self.backends:
                 if backend.threadpool is not None:
                     before.append((backend, backend.threadpool.enter()))

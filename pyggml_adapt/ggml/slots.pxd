@@ -28,7 +28,8 @@ cdef class Slots:
     cdef list _tensors, _scales
     cdef _Binding _binding
     cdef Py_ssize_t n, n_views
-    cdef int _n_nodes
+    cdef int _n_nodes, _n_cleared
+    cdef list _homes  # the other Contexts that own nodes of the graph
     cdef frozenset _written  # which slots nodes of the graph write into
     cdef list _memory  # (start, end) of each buffer that nodes of the graph are in
     cdef c.ggml_tensor ** _slots

@@ -4,7 +4,7 @@ from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, reach, root_of
-from pyggml_adapt.ggml.graph cimport CGraph, memory_of, written_roots
+from pyggml_adapt.ggml.graph cimport CGraph, homes_of, memory_of, written_roots
 
 from pyggml_adapt.errors import BackendError, DTypeError, ShapeError
 
@@ -142,6 +142,9 @@ cdef class Slots:
         cdef c.ggml_tensor * t
         if self._slots != NULL:
             raise BackendError("Slots.seal: the slots are sealed already")
+        reach([self.graph.ctx])
+        self._homes = homes_of(self.graph)
+        self._n_cleared = self.graph._n_cleared
         sources = [source for _, source in self._tensors]
         self.table = TensorTable(sources, [(<float *> (<Tensor> node)._ptr.op_params)[0] for node in self._scales])
         self._n_nodes = n_nodes
@@ -169,16 +172,19 @@ cdef class Slots:
         """Point the slots at the tensors of `table`, if they do not point there already.
 
         Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
-        before seal() or if the graph has grown since; DTypeError if the graph would write into a read-only mapping,
+        before seal() or if the graph has changed since; DTypeError if the graph would write into a read-only mapping,
         ShapeError if into memory of its nodes.
         """
         cdef Py_ssize_t i
         cdef c.ggml_tensor * t
         if table is self.table:
             return
-        if self._slots == NULL or c.ggml_graph_n_nodes(self.graph.ptr()) != self._n_nodes:
-            raise BackendError("Slots.bind: the slots are not sealed yet, or the graph has grown since")
+        if (self._slots == NULL or c.ggml_graph_n_nodes(self.graph.ptr()) != self._n_nodes
+                or self.graph._n_cleared != self._n_cleared):
+            raise BackendError("Slots.bind: the slots are not sealed yet, or the graph has changed since")
         check_idle(self.graph.ctx)
+        for home in self._homes:
+            (<Context> home).check()
         if table.signature is not self.table.signature:
             raise ShapeError(f"Slots.bind: the tensors differ in type or shape from the slots: "
                              f"{self._first_difference(table)}")

@@ -16,6 +16,8 @@ cdef class Tensor:
     cdef c.ggml_tensor * ptr(self) except NULL:
         if self.ctx is None or self.ctx._ptr == NULL:  # None: made by Tensor.__new__
             raise ClosedError("the Context of this Tensor is closed")
+        if self._ptr.view_src != NULL and not self.ctx.holds(self._ptr.view_src):
+            reach([self.ctx])  # ggml looks at what is viewed
         return self._ptr
 
     cdef c.ggml_tensor * with_data(self) except NULL:
@@ -126,9 +128,12 @@ cdef class Tensor:
     def set_input(self):
         """Return self, marked as a graph input: allocated before every node, but overwritten once it has been read.
 
-        Fill it again before each computation, or mark it as an output too.  Wraps: ggml_set_input.
+        Fill it again before each computation, or mark it as an output too.  Raises: ShapeError if it is not a leaf.
+        Wraps: ggml_set_input.
         """
-        c.ggml_set_input(self.ptr())
+        if self.ptr().op != c.GGML_OP_NONE:
+            raise ShapeError(f"set_input: tensor {self.name!r} is computed by {self.op}")
+        c.ggml_set_input(self._ptr)
         return self
 
     def set_output(self):
@@ -304,8 +309,8 @@ cdef class Tensor:
         """Return its data as a NumPy array in NumPy's order of dimensions, see `shape`.
 
         Where the CPU can address the data, the array shows it without a copy, strides included: it changes with the
-        tensor, and is read-only where the data is.  As long as it lives, what owns the memory cannot be closed.  From
-        other devices it is a copy.
+        tensor, and is read-only where the data is.  As long as it lives, what owns the memory cannot be closed; to write
+        into it while a graph computes with that memory is a data race.  From other devices it is a copy.
         Quantised types and BF16 come as their raw bytes, one row of blocks per last axis (uint8): see dequantize().
         Raises: ClosedError if the tensor has no data; ShapeError if it is not contiguous, on another device.
         Wraps: ggml_get_data, ggml_backend_tensor_get.
@@ -318,8 +323,7 @@ cdef class Tensor:
             return np.empty(shape, dtype=(code or b"B").decode())  # there is no data to show
         self.with_data()
         if code is None and t.nb[0] != c.ggml_type_size(t.type):
-            raise ShapeError(f"to_numpy: tensor {self.name!r} of type {self.type.name} has no contiguous rows; use "
-                             f"ops.cont first")
+            raise ShapeError(f"to_numpy: {_no_rows(self)}")
         if c.ggml_backend_buffer_is_host(self.buffer()):
             return np.asarray(memoryview(self))
         if not c.ggml_is_contiguous(t):
@@ -386,8 +390,7 @@ cdef class Tensor:
         if owner is None or not c.ggml_backend_buffer_is_host(memory):
             raise BufferError(f"tensor {self.name!r} is in memory that the CPU cannot address")
         if code is None and t.nb[0] != c.ggml_type_size(t.type):
-            raise BufferError(f"tensor {self.name!r} of type {self.type.name} has no contiguous rows; "
-                              f"use ops.cont first")
+            raise BufferError(_no_rows(self))
         view.readonly = owner.owns_readonly(memory)
         if flags & PyBUF_WRITABLE and view.readonly:
             raise BufferError(f"tensor {self.name!r} is in a read-only mapping")
@@ -402,10 +405,7 @@ cdef class Tensor:
         view.len = view.itemsize
         for i in range(view.ndim):
             view.len *= export.shape[i]
-        view.format = b"B"
-        for each in _FORMATS.values():  # which live as long as the module
-            if each == code:
-                view.format = each
+        view.format = format_of(code)
         if not grant(view, flags):
             PyMem_Free(export)
             raise BufferError(f"tensor {self.name!r} is not contiguous")
@@ -475,7 +475,9 @@ cdef class Tensor:
         return _ops().mul_mat(home_of(self, other), self, other)
 
     def __repr__(self):
-        if self.ctx is None or self.ctx._ptr == NULL:
+        try:
+            self.ptr()
+        except ClosedError:
             return "<Tensor of a closed Context>"
         operands = ", ".join(repr(each.name) for each in self.src)
         made = f" = {self.op}({operands})" if operands else "" if self.op == "NONE" else f" = {self.op}()"

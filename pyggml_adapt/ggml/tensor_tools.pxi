@@ -29,6 +29,18 @@ cdef void describe(Export * export, c.ggml_tensor * t, bint as_bytes) noexcept:
         export.shape[n - 1], export.strides[n - 1] = c.ggml_row_size(t.type, t.ne[0]), 1
 
 
+def _no_rows(Tensor tensor):
+    return f"tensor {tensor.name!r} of type {tensor.type.name} has no contiguous rows; use ops.cont first"
+
+
+cdef char * format_of(bytes code) noexcept:
+    """Return the code of a buffer's elements, of bytes for None; it lives as long as the module."""
+    for each in _FORMATS.values():
+        if each == code:
+            return each
+    return b"B"
+
+
 cdef bint grant(Py_buffer * view, int flags) noexcept:
     """Return whether the buffer is as contiguous as was asked for; take away what was not asked for."""
     cdef bint strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES

@@ -37,3 +37,9 @@ def test_other_enums():
     assert DeviceType.CPU == 0
     assert (SchedPriority.NORMAL, SchedPriority.LOW) == (0, -1)
     assert BufferUsage.WEIGHTS == 1
+
+
+@pytest.mark.parametrize("ne0", [-32, 1 << 43, 1 << 62])
+def test_row_size_of_no_row(ne0):
+    with pytest.raises(ValueError, match=rf"^a row of {ne0} elements is not one of 0 to {1 << 42}$"):
+        Type.Q8_0.row_size(ne0)

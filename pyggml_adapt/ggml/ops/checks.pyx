@@ -6,7 +6,7 @@ ggml ends the process when an op's precondition fails, and its kernels check les
 from libc.stdint cimport int64_t
 
 from pyggml_adapt.ggml cimport libops as c
-from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor, count
+from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor, count, reach
 
 from pyggml_adapt.errors import DTypeError, ShapeError
 from pyggml_adapt.ggml.enums import Type
@@ -18,6 +18,7 @@ cdef inline int keep(Context ctx, Tensor operand) except -1:
         if operand._ptr.op == c.GGML_OP_NONE:
             ctx.n_foreign += 1
         else:
+            reach([operand.ctx])
             seen = set()
             count([<size_t> operand._ptr], seen)
             ctx.n_foreign += len(seen)
