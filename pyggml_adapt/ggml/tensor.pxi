@@ -309,7 +309,7 @@ cdef class Tensor:
         """Return its data as a NumPy array in NumPy's order of dimensions, see `shape`.
 
         Where the CPU can address the data, the array shows it without a copy, strides included: it changes with the
-        tensor, and is read-only where the data is.  As long as it lives, what owns the memory cannot be closed; to write
+        tensor, and is read-only where the data is.  As long as it lives, what owns the memory cannot be closed; writing
         into it while a graph computes with that memory is a data race.  From other devices it is a copy.
         Quantised types and BF16 come as their raw bytes, one row of blocks per last axis (uint8): see dequantize().
         Raises: ClosedError if the tensor has no data; ShapeError if it is not contiguous, on another device.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -44,7 +45,15 @@ def test_dump_graph(tmp_path):
     drawing = (tmp_path / "ffn.dot").read_text()
     assert drawing.startswith("digraph G {")
     assert "l_out-0" in drawing
-    assert (tmp_path / "ffn.svg").exists() == (shutil.which("dot") is not None)
+    if importlib.util.find_spec("pygraphviz") is None:
+        assert out.endswith("no SVG: that needs `pip install pygraphviz`\n")
+        return
+    assert out.endswith("ffn.svg: drawn\n")
+    svg = ElementTree.parse(tmp_path / "ffn.svg").getroot()
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    groups = [each.get("class") for each in svg.iter("{http://www.w3.org/2000/svg}g")]
+    assert (groups.count("node"), groups.count("edge")) == (9, 10)
+    assert any("l_out-0" in (each.text or "") for each in svg.iter("{http://www.w3.org/2000/svg}text"))
 
 
 def test_quantise(tmp_path):
