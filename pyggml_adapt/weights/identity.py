@@ -9,6 +9,7 @@ Source: the keys `pyggml_adapt.*`, which only this file and `tools/` know; the `
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ PREFIX = "pyggml_adapt."
 FORMAT = 1  # of the keys below; a reader refuses a higher one
 COMPLEMENT, OVERLAY, LOW_RANK = "complement", "overlay", "low-rank"  # layouts
 BLOCK_NBYTES = 4 << 20
+N_ELEMENTS_MAX = 1 << 42  # of a tensor: as many as ggml.Context.new_tensor takes
 _EDGE_NBYTES = 1024  # of each end of a tensor that a fingerprint covers
 _LARGE = ("tokenizer.", PREFIX)  # arrays below these keys are read again when they are asked for
 
@@ -243,6 +245,11 @@ def _source_entries(reader: GGUFReader) -> dict[str, Entry]:
     known = set(Type)
     if any(number not in known for number in types):
         raise FileFormatError("not a tensor type", path=reader.path, key=PREFIX + "source.tensors.type")
+    for name, number, shape in zip(names, types, ne, strict=True):
+        if min(shape) < 1 or math.prod(shape) > N_ELEMENTS_MAX or shape[0] % Type(number).blck_size:
+            raise FileFormatError(
+                f"{name!r}: impossible shape {shape}", path=reader.path, key=PREFIX + "source.tensors.ne"
+            )
     entries = {
         name: Entry(name, Type(types[i]), tuple(ne[i]), digests[32 * i : 32 * i + 32]) for i, name in enumerate(names)
     }

@@ -189,6 +189,21 @@ def test_missing_keys_are_named(pair, layout, name, tmp_path):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("ne", [(1 << 56, 1, 1, 1), (1 << 30, 1 << 30, 1, 1), (0, 1, 1, 1), (-4, 2, 1, 1)])
+def test_impossible_shapes_are_named(pair, layout, ne, tmp_path):
+    key = "pyggml_adapt.source.tensors.ne"
+    with GGUFReader(pair[1]) as reader:
+        name = reader.metadata["pyggml_adapt.source.tensors"][0]
+        writer = GGUFWriter.copy_of(reader)
+        writer.set(key, np.concatenate([ne, reader.metadata[key][4:]]).astype("q"), "i64")
+        writer.write(tmp_path / "bad.gguf", reader.array)
+    with GGUFReader(tmp_path / "bad.gguf") as reader:
+        with pytest.raises(FileFormatError, match=rf"bad\.gguf: {name!r}: impossible shape \[{ne[0]}, ") as raised:
+            read_adaptor(reader)
+    assert raised.value.key == key
+
+
+@LAYOUTS
 def test_another_format_is_refused(pair, layout, tmp_path):
     content = Path(pair[1]).read_bytes()
     at = content.index(b"pyggml_adapt.format") + len("pyggml_adapt.format") + 4
