@@ -67,7 +67,8 @@ def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor 
     """Return a view of a, into whose rows ids the rows of b are written, converted to a's type.
 
     a: [n, rows, ...], of a floating-point or quantised type or I32.  b: F32 or F16 [n, k, ...].  ids: I64 or I32
-    [k, ...], each from 0 to rows - 1 (checked as get_rows'), broadcast over ne2 and ne3 of b.
+    [k, ...], each from 0 to rows - 1 (checked as get_rows'), broadcast over ne2 and ne3 of b.  If b is F16 and a is
+    not, b is cast to F32 first, by a node of its own.
     Raises: ShapeError if these do not match.
     Wraps: ggml_set_rows.
     """
@@ -85,6 +86,9 @@ def set_rows(Context ctx not None, Tensor a not None, Tensor b not None, Tensor 
         raise bad_shape("set_rows", "shapes do not match", operands)
     if not has_rows(pa) or not has_rows(pb):
         raise bad_shape("set_rows", "the rows of a and b must be contiguous", operands)
+    if pb.type == c.GGML_TYPE_F16 and pa.type != c.GGML_TYPE_F16:  # for which ggml's work memory is too small
+        ctx.room(2)
+        pb = c.ggml_cast(ctx.ptr(), pb, c.GGML_TYPE_F32)
     return result(ctx, c.ggml_set_rows(ctx.room(1), pa, pb, pi), a, b, ids)
 
 
