@@ -113,6 +113,16 @@ def test_binary_with_a_transposed_operand(calc):
     np.testing.assert_array_equal(got, x - y.T)
 
 
+def test_mul_over_what_a_norm_is_computed_from(bench):
+    """One row further: ggml would compute norm and product at once, and read rows that it has written."""
+    data = RNG.standard_normal((9, 8)).astype("f")
+    x = bench.leaf(data)
+    norm = ops.rms_norm(bench.ctx, ops.view(bench.ctx, x, (8, 8)), 1e-5)
+    (got,) = bench.compute(ops.mul_inplace(bench.ctx, ops.view(bench.ctx, x, (8, 8), (), 32), norm))
+    expected = data[1:] * data[:-1] / np.sqrt(np.mean(data[:-1] ** 2, axis=1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # float32 in another order
+
+
 def test_inplace_with_itself(bench):
     x = sample((3, 5), Type.F32)
     a = bench.leaf(x)
