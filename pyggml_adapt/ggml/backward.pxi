@@ -131,6 +131,30 @@ cdef bint is_padded(c.ggml_tensor * t) noexcept:
     return t.nb[0] == 4 and t.nb[2] == t.nb[1] * t.ne[1] and t.nb[3] == t.nb[2] * t.ne[2]
 
 
+cdef bint is_disjoint(int64_t * ne, size_t * nb) noexcept:
+    """Return whether each row, matrix, ... begins behind the end of the one before."""
+    cdef size_t end = nb[0]
+    cdef int i
+    for i in range(c.GGML_MAX_DIMS):
+        if ne[i] > 1:
+            if nb[i] < end:
+                return False
+            end += (ne[i] - 1) * nb[i]
+    return True
+
+
+cdef bint has_overlap(c.ggml_tensor * t) noexcept:
+    """Return whether what a view shows, or SET or ACC write, may be rows that overlap."""
+    cdef size_t nb[4]
+    cdef int i
+    if t.op == c.GGML_OP_VIEW:
+        return not is_disjoint(t.ne, t.nb)
+    nb[0] = 4
+    for i in range(3):
+        nb[i + 1] = <size_t> t.op_params[i]
+    return not is_disjoint(t.src[1].ne, nb)
+
+
 cdef int check_gradient(c.ggml_tensor * t, c.ggml_tensor * src, int j, dict contiguity) except -1:
     """Check what ggml asserts, or takes for granted, when it makes the gradient of operand j of node t."""
     cdef c.ggml_tensor * other
@@ -157,4 +181,6 @@ cdef int check_gradient(c.ggml_tensor * t, c.ggml_tensor * src, int j, dict cont
             raise no_backward(t, "operand 0 must be contiguous for a gradient; use ops.cont first")
         if c.ggml_nbytes(src) >= <size_t> 1 << 31 or t.nb[0] != 4:
             raise no_backward(t, "ggml has no gradient for a view as large or as strided")
+        if has_overlap(t):
+            raise no_backward(t, "ggml has no gradient where rows overlap, or interleave")
     return 0

@@ -308,6 +308,11 @@ def test_what_has_no_gradient():
             lambda g, w: ops.cont(g.ctx, ops.transpose(g.ctx, ops.sqr(g.ctx, w))),
             "SQR node .*: its gradient is permuted; put an ops.reshape before the permutation$",
         ),
+        (lambda g, w: ops.view(g.ctx, w, (3, 3), (4,)), "VIEW node .*: ggml has no gradient where rows overlap, or"),
+        (
+            lambda g, w: ops.set(g.ctx, w, g.leaf(X[:2, :2], param=True), 4, 16, 16, 0),
+            "SET node .*: ggml has no gradient where rows overlap, or interleave$",
+        ),
     ):
         refused(through(op), ShapeError, why)
 
