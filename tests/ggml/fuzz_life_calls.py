@@ -255,11 +255,13 @@ def set_many(r: Random, ctx: Context, a: Tensor, b: Tensor) -> object:
 
 @call("tensor", "backend", "tensor", weight=3)
 def asynchronous(r: Random, a: Tensor, backend: Backend, b: Tensor) -> object:
-    way = r.choice(("set", "get", "copy", "synchronize"))
+    way = r.choice(("set", "get", "copy", "synchronize", "supports"))
     if way == "set":
         return backend.set_async(a, bytes(a.nbytes))
     if way == "get":
         return backend.get_async(a, bytearray(a.nbytes))
+    if way == "supports":
+        return [backend.supports_op(a), backend.offload_op(b)][2:]
     return backend.copy_async(a, b) if way == "copy" else backend.synchronize()
 
 

@@ -154,6 +154,18 @@ def conv_2d_sk_p0(draw: Draw) -> list[Argument]:
     return [draw.tensor("F16", *kernel, n_in, draw.up_to(3)), draw.tensor("F32", *data, n_in, draw.up_to(2))]
 
 
+def conv_2d_s1_ph(draw: Draw) -> list[Argument]:
+    kernel, data = [draw.one_of((1, 3)), draw.one_of((1, 3, 5))], [draw.up_to(8), draw.up_to(8)]
+    n_in = draw.up_to(3)
+    return [draw.tensor("F16", *kernel, n_in, draw.up_to(3)), draw.tensor("F32", *data, n_in, draw.up_to(2))]
+
+
+def pool_1d(draw: Draw) -> list[Argument]:
+    k0 = draw.up_to(3)
+    data = draw.tensor(draw.one_of(FLOATS), k0 + draw.up_to(6), draw.up_to(3))
+    return [data, *numbers(draw.one_of((OpPool.MAX, OpPool.AVG)), k0, draw.up_to(2), k0 - draw.up_to(k0))]
+
+
 def pool_2d(draw: Draw) -> list[Argument]:
     return pool_2d_back(draw)[1:]
 
@@ -218,6 +230,24 @@ def flash_attn_ext(draw: Draw) -> list[Argument]:
     mask = draw.tensor("F16", n_kv, n_tokens) if draw.one_of((False, True)) else {"none": 1}
     sinks = draw.tensor("F32", n_head) if draw.one_of((False, True)) else {"none": 1}
     return [q, k, v, mask, *numbers(0.5, 0.0, draw.one_of((0.0, 8.0))), sinks]
+
+
+def flash_attn_ext_get_prec(draw: Draw) -> list[Argument]:
+    return [draw.call("flash_attn_ext")]
+
+
+def prec_set_acc(draw: Draw) -> list[Argument]:
+    return [draw.call(draw.one_of(("mul_mat", "mul_mat_id", "flash_attn_ext"))), {"n": Prec.F32}]
+
+
+def lightning_indexer(draw: Draw) -> list[Argument]:
+    n_embd, n_head, n_tokens, n_kv, n_seq = (draw.up_to(4) for _ in range(5))
+    return [
+        draw.tensor("F32", n_embd, n_head, n_tokens, n_seq),
+        draw.tensor(draw.one_of(FLOATS), n_embd, 1, n_kv, n_seq),
+        draw.tensor("F32", n_head, n_tokens, 1, n_seq),
+        draw.tensor("F16", n_kv, n_tokens, 1, draw.one_of((1, n_seq))),
+    ]
 
 
 def flash_attn_ext_set_n_kv_max(draw: Draw) -> list[Argument]:
@@ -342,7 +372,7 @@ def get_rows(draw: Draw) -> list[Argument]:
 def set_rows(draw: Draw) -> list[Argument]:
     n, k = draw.up_to(8), draw.up_to(3)
     ids = draw.tensor(draw.one_of(("I32", "I64")), k)
-    return [draw.tensor(draw.one_of(FLOATS), n, 4), draw.tensor("F32", n, k), ids]
+    return [draw.tensor(draw.one_of(FLOATS), n, 4), draw.tensor(draw.one_of(FLOATS), n, k), ids]
 
 
 def add_cast(draw: Draw) -> list[Argument]:
@@ -354,6 +384,34 @@ def add_cast(draw: Draw) -> list[Argument]:
 def roll(draw: Draw) -> list[Argument]:
     ne = [draw.up_to(5) for _ in range(4)]
     return [draw.tensor("F32", *ne), *numbers(*(draw.one_of(range(1 - n, n)) for n in ne))]
+
+
+def add_id(draw: Draw) -> list[Argument]:
+    n, n_ids, n_tokens = (draw.up_to(4) for _ in range(3))
+    a, b = draw.tensor("F32", n, n_ids, n_tokens), draw.tensor("F32", n, draw.one_of((3, 4)))
+    return [a, b, draw.tensor("I32", n_ids, n_tokens)]
+
+
+def concat(draw: Draw) -> list[Argument]:
+    ne, dim, type = [draw.up_to(4) for _ in range(4)], draw.up_to(4) - 1, draw.one_of((*FLOATS, "I32", "I64"))
+    other = [draw.up_to(4) if i == dim else n for i, n in enumerate(ne)]
+    return [draw.tensor(type, *ne), draw.tensor(type, *other), {"n": dim}]
+
+
+def repeat_4d(draw: Draw) -> list[Argument]:
+    ne = [draw.up_to(4) for _ in range(4)]
+    return [draw.tensor(draw.one_of((*FLOATS, "I32")), *ne), *numbers(*(n * draw.up_to(3) for n in ne))]
+
+
+def swiglu_clamp(draw: Draw) -> list[Argument]:
+    ne, type = [draw.up_to(8), draw.up_to(4)], draw.one_of(FLOATS)
+    return [draw.tensor(type, *ne), draw.tensor(type, *ne), {"n": draw.one_of((0.0, 1.0, 7.0))}]
+
+
+def group_norm(draw: Draw) -> list[Argument]:
+    n_channels = draw.up_to(6)
+    data = draw.tensor("F32", draw.up_to(8), draw.up_to(3), n_channels, draw.up_to(2))
+    return [data, *numbers(draw.one_of((1, n_channels)), 1e-5)]
 
 
 def win_unpart(draw: Draw) -> list[Argument]:
@@ -370,9 +428,12 @@ CALLS: dict[str, Callable[[Draw], list[Argument]]] = {
         rope_multi, rope_set_offset, flash_attn_ext, flash_attn_ext_set_n_kv_max, mul_mat, mul_mat_id,
         mul_mat_set_hint, prec_set_src, pad_ext, get_rel_pos, rwkv_wkv6, rwkv_wkv7, gated_linear_attn,
         gated_delta_net, ssm_scan, set, set_1d, set_2d, acc, get_rows, set_rows, add_cast, roll, win_unpart,
+        conv_2d_s1_ph, pool_1d, flash_attn_ext_get_prec, prec_set_acc, lightning_indexer, add_id, concat, repeat_4d,
+        swiglu_clamp, group_norm,
     )
 } | {
     "conv_2d_direct": conv_2d, "conv_2d_dw_direct": conv_2d_dw, "rope_inplace": rope, "rope_ext_inplace": rope_ext,
     "rope_ext_back": rope_ext, "rope_multi_inplace": rope_multi, "rope_multi_back": rope_multi, "set_inplace": set,
     "set_1d_inplace": set_1d, "set_2d_inplace": set_2d, "acc_inplace": acc, "pad_ext_circular": pad_ext,
+    "group_norm_inplace": group_norm,
 }  # fmt: skip
