@@ -35,7 +35,7 @@ asan:
 	CXXFLAGS='-O1 -g -DNDEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=shift,enum' \
 	    $(ASAN)/venv/bin/pip install --disable-pip-version-check -Cbuild-dir=$(ASAN)/cmake \
 	    -Ccmake.build-type=None -Cinstall.strip=false .
-	$(SANITIZED) $(ASAN)/venv/bin/pytest tests/ggml -m 'not slow' $(foreach needs_more,stubs quants_equal,\
+	$(SANITIZED) $(ASAN)/venv/bin/pytest tests/ggml -m 'not slow' $(foreach needs_more,stubs quants_equal limits,\
 	    --ignore=tests/ggml/test_$(needs_more).py) --deselect tests/ggml/test_context.py::test_memory_stays_flat \
 	    --deselect tests/ggml/test_status.py::test_nothing_on_stderr_by_default
 	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_ops.py --cases $(CASES)

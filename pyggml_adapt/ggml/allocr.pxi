@@ -39,7 +39,7 @@ cdef class GAllocr(Owner):
         self.check()
         if self._served:
             raise BackendError("alloc_graph: this allocator serves a graph already")
-        check_idle(graph.ctx)
+        graph.check_nodes_idle()
         reach([graph.ctx])
         check_foreign(graph)
         check_not_empty(graph)
@@ -61,7 +61,7 @@ cdef class GAllocr(Owner):
         self.check()
         if self._served:
             raise BackendError("reserve: this allocator serves a graph already")
-        check_idle(graph.ctx)
+        graph.check_nodes_idle()
         reach([graph.ctx])
         check_foreign(graph)
         check_not_empty(graph)

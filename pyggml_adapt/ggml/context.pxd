@@ -67,7 +67,6 @@ cdef class Tensor:
     cdef c.ggml_tensor * with_data(self) except NULL
     cdef c.ggml_backend_buffer * buffer(self) except NULL
     cdef int copy_in(self, data, size_t offset, list held) except -1
-    cdef int copy_2d(self, data, size_t offset, size_t size, size_t n, size_t stride_tensor, size_t stride_data,
-                     bint into) except -1
     cdef int check_writable(self, list held) except -1
+    cdef int check_settable(self) except -1
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL

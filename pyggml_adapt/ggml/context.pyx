@@ -15,7 +15,9 @@ from numbers import Real
 
 import numpy as np
 
-from pyggml_adapt.errors import AllocError, BusyError, ClosedError, DTypeError, ParameterError, ShapeError
+from pyggml_adapt.errors import (
+    AllocError, BackendError, BusyError, ClosedError, DTypeError, ParameterError, ShapeError,
+)
 from pyggml_adapt.ggml.enums import Type
 
 cdef class Owner:

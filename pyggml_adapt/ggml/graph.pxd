@@ -31,6 +31,7 @@ cdef struct Use:  # of a leaf, by one node
 cdef struct Picked:  # a leaf, or view of one
     c.ggml_tensor * leaf
     c.ggml_tensor copy  # whose data is ours
+    void * data  # of the leaf, while it shows that of the copy
     int64_t bound  # all are from 0 to bound - 1
 
 
@@ -43,6 +44,8 @@ cdef class Indices:
     cdef int read(self, CGraph graph) except -1
     cdef int lend(self) except -1
     cdef void restore(self) noexcept
+    cdef void show_copies(self) noexcept
+    cdef void show_leaves(self) noexcept
 
 
 @cython.final
@@ -56,6 +59,8 @@ cdef class CGraph:
     cdef Indices _indices
     cdef list _callbacks
     cdef list _homes  # the other Contexts that own nodes of it
+    cdef list _written  # the addresses of the leaves that it writes into
+    cdef list _written_in  # the owners of their memory; None if Slots have pointed them elsewhere since
     cdef set _expanded  # addresses of leaves that expand() was given, and of all that _expand_deep() has added
     cdef int _n_cleared, _n_backward
     cdef c.ggml_cgraph * ptr(self) except NULL
@@ -69,6 +74,7 @@ cdef class CGraph:
     cdef int remember(self, by, list owners) except -1
     cdef int _expand_deep(self, c.ggml_tensor * t) except -1
     cdef int check_nodes_idle(self) except -1
+    cdef int check_alone(self, list owners) except -1
     cdef list begin(self, Backend backend, list owners)
     cdef int lend(self, Indices indices) except -1
     cdef int restore(self, Indices indices) except -1

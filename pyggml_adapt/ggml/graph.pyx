@@ -17,12 +17,14 @@ import os
 import tempfile
 
 from pyggml_adapt.errors import (
-    AllocError, BackendError, ClosedError, DTypeError, FileAccessError, IndexRangeError, ParameterError, ShapeError,
+    AllocError, BackendError, BusyError, ClosedError, DTypeError, FileAccessError, IndexRangeError, ParameterError,
+    ShapeError,
 )
 from pyggml_adapt.ggml.status import last_log
 
 
 include "graph_checks.pxi"
+include "work.pxi"
 include "indices.pxi"
 include "backward.pxi"
 
@@ -268,11 +270,11 @@ cdef class CGraph:
         cdef c.ggml_cgraph * graph = self.ptr()
         cdef c.ggml_cgraph * other = NULL if forward is None else forward.ptr()
         cdef bytes name = os.fsencode(path)
-        reach([self.ctx] if forward is None else [self.ctx, forward.ctx])
         try:  # ggml aborts if it cannot open the file, and waits for the reader of a pipe
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0), 0o666))
         except OSError as exc:
             raise FileAccessError.of(path, exc) from exc
+        reach([self.ctx] if forward is None else [self.ctx, forward.ctx])  # now, as others ran while it was opened
         c.ggml_graph_dump_dot(graph, other, name)
 
     def to_dot(self, CGraph forward=None):
@@ -336,6 +338,17 @@ cdef class CGraph:
             check_idle(<Owner> owner)
         return 0
 
+    cdef int check_alone(self, list owners) except -1:
+        """Check that no other computation uses memory that this one writes leaves in; owners: its own, occupied."""
+        cdef Owner owner
+        if self._written_in is None:
+            self._written_in = owners_of_data(self._written, owners)
+        for owner in self._written_in:
+            if owner._computing > 1:
+                raise BusyError(f"compute: the graph writes into memory of a {type(owner).__name__} that another "
+                                f"computation uses")
+        return 0
+
     cdef list begin(self, Backend backend, list owners):
         """Return the owners, and all that they depend on, occupied, when the graph can be computed."""
         self.check_nodes_idle()
@@ -343,6 +356,7 @@ cdef class CGraph:
         owners = occupy(owners)
         try:
             self._check_supported(backend, owners)
+            self.check_alone(owners)
             self._indices.read(self)
             if self._callbacks:
                 arm(self._callbacks, self.ctx, [backend])

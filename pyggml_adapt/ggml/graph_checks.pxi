@@ -42,19 +42,12 @@ cdef int check_data(CGraph graph, c.ggml_tensor * t) except -1:
 
 cdef int check_not_empty(CGraph graph) except -1:
     """Check that there is something to allocate: ggml aborts when it finds only empty tensors."""
-    cdef c.ggml_tensor * t
-    cdef c.ggml_tensor * each
-    cdef int i, k
-    cdef bint found = False
-    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
-        t = c.ggml_graph_node(graph._ptr, i)
-        for k in range(c.GGML_MAX_SRC + 1):
-            each = t.src[k] if k < c.GGML_MAX_SRC else t
-            if each != NULL and each.data == NULL and each.view_src == NULL:
-                if c.ggml_nbytes(each):
-                    return 0
-                found = True
-    if found:
+    cdef size_t address
+    waiting = without_data(graph)
+    for address in waiting:
+        if c.ggml_nbytes(<c.ggml_tensor *> address):
+            return 0
+    if waiting:
         raise ShapeError("alloc_graph: every tensor that has no data yet is empty")
     return 0
 
@@ -71,6 +64,10 @@ cdef list without_data(CGraph graph):
             each = t.src[k] if k < c.GGML_MAX_SRC else t
             if each != NULL and each.data == NULL and each.view_src == NULL:
                 found.append(<size_t> each)
+    for address in graph._expanded or ():  # leaves that no node reads
+        each = <c.ggml_tensor *> <size_t> address
+        if each.data == NULL and each.view_src == NULL:
+            found.append(<size_t> each)
     return found
 
 
@@ -86,7 +83,7 @@ cdef int check_foreign(CGraph graph) except -1:
     if not graph.ctx.n_foreign:
         return 0
     seen = set()
-    count(nodes_of(graph), seen)
+    count(graph._members(), seen)
     for address in seen:
         t = <c.ggml_tensor *> address
         if t.data == NULL and not graph.ctx.holds(t):
@@ -132,7 +129,20 @@ cdef int check_writable(CGraph graph, list owners) except -1:
             checked.add(<size_t> root.buffer)
     for address in leaves:
         check_apart(graph, <c.ggml_tensor *> address)
+    graph._written, graph._written_in = list(leaves), None
     return 0
+
+
+cdef list owners_of_data(list addresses, list owners):
+    """Return those of the owners that own the memory that these tensors' data is in."""
+    found = []
+    buffers = buffers_of(addresses)
+    for owner in owners:
+        for buffer in buffers:
+            if (<Owner> owner).owns(<c.ggml_backend_buffer *> <size_t> buffer):
+                found.append(owner)
+                break
+    return found
 
 
 cdef bint overlap(c.ggml_tensor * t, char * start, size_t nbytes) noexcept:
@@ -144,10 +154,12 @@ cdef int check_apart(CGraph graph, c.ggml_tensor * leaf) except -1:
     """Check that a leaf that is written does not lie in the memory of what is computed, as that of an array may."""
     cdef c.ggml_tensor * t
     cdef int i
+    cdef set slots = graph.ctx.home(leaf).slots
+    cdef bint anywhere = slots is not None and <size_t> leaf in slots
     for i in range(c.ggml_graph_n_nodes(graph._ptr)):
         t = c.ggml_graph_node(graph._ptr, i)
-        # what is in one buffer does not lie together, or one after the other: see Buffer.place
-        if t.view_src == NULL and t.op != c.GGML_OP_NONE and t.buffer != leaf.buffer:
+        # what is in one buffer does not lie together, or one after the other, see Buffer.place; but where slots point
+        if t.view_src == NULL and t.op != c.GGML_OP_NONE and (anywhere or t.buffer != leaf.buffer):
             if overlap(t, <char *> leaf.data, c.ggml_nbytes(leaf)):
                 raise ShapeError(f"tensor {graph._wrap(leaf).name!r} is written, and lies in the memory of "
                                  f"{graph._wrap(t).name!r}, which is computed")
@@ -202,31 +214,6 @@ cdef list homes_of(CGraph graph):
             if home not in found:
                 found.append(home)
     return found
-
-
-cdef int check_work(CGraph graph, Backend backend) except -1:
-    """Check that there is memory for what the CPU's threads need beside the tensors: ggml ends the process without.
-
-    Its kernels take at most two rows for each thread; what else they need grows with tensors that have found memory.
-    """
-    cdef c.ggml_tensor * t
-    cdef size_t need
-    cdef int64_t longest = 0
-    cdef int i, k
-    if backend.threadpool is None:
-        return 0
-    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
-        t = c.ggml_graph_node(graph._ptr, i)
-        longest = max(longest, t.ne[0])
-        for k in range(c.GGML_MAX_SRC):
-            if t.src[k] != NULL:
-                longest = max(longest, t.src[k].ne[0])
-    need = 2 * sizeof(float) * <size_t> backend.n_threads * <size_t> longest
-    cdef void * attempt = malloc(need)
-    if attempt == NULL:
-        raise AllocError(f"no memory for {backend.n_threads} threads that need {need} bytes")
-    free(attempt)
-    return 0
 
 
 cdef bint is_apart(c.ggml_tensor * t, Py_buffer * view, int depth) noexcept:

@@ -203,3 +203,22 @@ cdef class Indices:
                 use.node.src[use.k] = picked.leaf
         for i in range(self._n_picked):
             take_out(&self._picked[i].copy)
+
+    cdef void show_copies(self) noexcept:
+        """Let the leaves show the copies' data until show_leaves(): a graph that is copied meanwhile computes with it.
+
+        Views do not: ggml points them at what they are views of.
+        """
+        cdef Picked * picked
+        cdef Py_ssize_t i
+        for i in range(self._n_picked):
+            picked = &self._picked[i]
+            picked.data = picked.leaf.data
+            if (picked.leaf.view_src == NULL and c.ggml_is_contiguous(picked.leaf)
+                    and picked.leaf.buffer != NULL and c.ggml_backend_buffer_is_host(picked.leaf.buffer)):
+                picked.leaf.data = picked.copy.data
+
+    cdef void show_leaves(self) noexcept:
+        cdef Py_ssize_t i
+        for i in range(self._n_picked):
+            self._picked[i].leaf.data = self._picked[i].data

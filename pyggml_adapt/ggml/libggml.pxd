@@ -80,6 +80,10 @@ cdef extern from "ggml.h" nogil:
         GGML_OP_ROPE
         GGML_OP_IM2COL
         GGML_OP_IM2COL_BACK
+        GGML_OP_CONV_2D
+        GGML_OP_CONV_3D
+        GGML_OP_CONV_TRANSPOSE_1D
+        GGML_OP_CONV_TRANSPOSE_2D
         GGML_OP_POOL_2D
         GGML_OP_ARGSORT
         GGML_OP_TOP_K
@@ -95,6 +99,7 @@ cdef extern from "ggml.h" nogil:
         GGML_OP_GLU
         GGML_OP_ROPE_BACK
         GGML_OP_FLASH_ATTN_EXT
+        GGML_OP_GATED_DELTA_NET
 
     enum ggml_prec:
         GGML_PREC_UNDEFINED

@@ -6,9 +6,10 @@ from libc.stdint cimport int32_t, int64_t
 from pyggml_adapt.ggml cimport libopt as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport find_callbacks
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, check_idle, count, reach, release
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, count, occupy, reach, vacate
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_writable, nodes_of, without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_work, check_writable, nodes_of,
+    without_data,
 )
 from pyggml_adapt.ggml.sched cimport Sched
 
@@ -113,9 +114,9 @@ cdef class OptContext:
     cdef int _init_static(self, c.ggml_opt_params * params, Tensor inputs, Tensor outputs) except -1:
         """Check everything that ggml asserts while it builds the graphs, and let it build them."""
         self.inputs, self.outputs = inputs, outputs
+        owners = reach([inputs.ctx, outputs.ctx])
         check_tensors(inputs, outputs)
         inputs.with_data()
-        owners = reach([inputs.ctx, outputs.ctx])
         for owner in (inputs.ctx, outputs.ctx):
             check_idle(owner)
             self._state.depend_on(owner)
@@ -176,6 +177,7 @@ cdef class OptContext:
         self._state.ptr()
         if not self.static_graphs and not self._steps:
             raise BackendError("grad_acc: there is no graph of a step; see prepare_alloc and alloc")
+        self._ctx.ptr()
         if (<size_t> param.ptr(), True) not in self._plan.leaves:
             return None
         t = c.ggml_opt_grad_acc(self._state.ptr(), param.ptr())
@@ -214,7 +216,7 @@ cdef class OptContext:
             raise BackendError("prepare_alloc: close the Context of the step before first")
         check_idle(graph.ctx)
         check_idle(self._state)
-        owners = reach([graph.ctx, self._state])
+        owners = reach([graph.ctx, self._state, inputs.ctx, outputs.ctx])
         check_tensors(inputs, outputs)
         seen = set()
         count([<size_t> outputs.ptr()], seen)
@@ -256,7 +258,7 @@ cdef class OptContext:
                 + 3 * c.ggml_graph_overhead_custom(graph_size, True))
 
     cdef list _begin(self):
-        """Return the owners of all that a step uses, acquired."""
+        """Return the owners of all that a step uses, occupied."""
         cdef Backend backend
         self._state.ptr()
         if self._ctx is None:
@@ -267,7 +269,7 @@ cdef class OptContext:
             check_backend_idle(backend)
         if self.sched._eval is not None:
             raise BackendError("training calls no eval_callback; set it to None")
-        owners = acquire([self._ctx, self._state])
+        owners = occupy([self._ctx, self._state])
         try:
             for address, param in self._plan.leaves:
                 if is_param(address) != param:
@@ -276,8 +278,9 @@ cdef class OptContext:
             if self.static_graphs:
                 check_places(self._plan)
             check_leaves(self._plan, owners, None if self.static_graphs else self._ctx)
+            self._plan.graph.check_alone(owners)
         except BaseException:
-            release(owners)
+            vacate(owners)
             raise
         return owners
 
@@ -292,7 +295,7 @@ cdef class OptContext:
         try:
             self._alloc(backward)
         finally:
-            release(owners)
+            vacate(owners)
 
     cdef int _check_alloc(self, bint backward) except -1:
         self._state.ptr()
@@ -301,7 +304,7 @@ cdef class OptContext:
         if not self.static_graphs and not self._prepared:
             raise BackendError("alloc: there is no graph; see prepare_alloc")
         if not self.static_graphs:
-            self._graph.ptr()
+            reach([self._graph.ctx])
             if nodes_of(self._graph) != self._nodes or c.ggml_used_mem(self._ctx.ptr()) != self._used_mem:
                 raise BackendError("alloc: the graph or its Context has grown since prepare_alloc")
             if flags_of(self._nodes) != self._flags:
@@ -322,8 +325,11 @@ cdef class OptContext:
             c.ggml_opt_reset(ptr, False)  # ggml forgets to after batches without backward
         if not self.static_graphs and self._signature is None:
             self._signature = signature_of(self._nodes)
-        with nogil:
-            c.ggml_opt_alloc(ptr, backward)
+        if self.static_graphs:  # which ggml copies: with the GIL, so that nobody sees what leaves show meanwhile
+            self._plan.indices.show_copies()
+        c.ggml_opt_alloc(ptr, backward)
+        if self.static_graphs:
+            self._plan.indices.show_leaves()
         if not self.static_graphs:
             if first:
                 c.ggml_opt_reset(ptr, False)  # and with dynamic graphs
@@ -349,7 +355,7 @@ cdef class OptContext:
         try:
             self._eval(result)
         finally:
-            release(owners)
+            vacate(owners)
 
     cdef int _eval(self, OptResult result) except -1:
         cdef c.ggml_opt_context_t ptr = self._state._ptr
@@ -359,6 +365,8 @@ cdef class OptContext:
             self._check_result(result)
             into = result._ptr
         self._plan.indices.read(self._plan.graph)
+        for backend in self.sched.backends:
+            check_work(self._plan.graph, backend)
         before = []
         try:
             for backend in self.sched.backends:
@@ -393,31 +401,6 @@ cdef class OptContext:
             raise ShapeError(f"eval: a result of (loss, opt_period, batch) {result._made_by} for {made_by}")
         return result.check_idle()
 
-    cdef int _check_dataset(self, OptDataset dataset, int64_t split) except -1:
-        """Check that batches of the dataset fit the inputs and labels, and that `split` is between two steps."""
-        cdef c.ggml_tensor * labels = c.ggml_opt_labels(self._state.ptr())
-        cdef int64_t n_batch, n_step
-        if not self.static_graphs:
-            raise BackendError("epoch: only static graphs can be trained by epochs")
-        n_batch = self.inputs.ptr().ne[1]
-        n_step = n_batch * self.opt_period
-        dataset.check()
-        if dataset._type_data != self.inputs.type or dataset.ne_datapoint != self.inputs._ptr.ne[0]:
-            raise ShapeError(f"epoch: datapoints of {dataset.ne_datapoint} elements of {dataset._type_data.name} for "
-                             f"inputs {self.inputs!r}")
-        if (labels == NULL) != (dataset.ne_label == 0):
-            raise ShapeError(f"epoch: the loss {self.loss_type.name} {'has no' if labels == NULL else 'needs'} labels")
-        if labels != NULL and (dataset._type_label != Type.F32
-                               or c.ggml_nelements(labels) != dataset.ne_label * n_batch):
-            raise ShapeError(f"epoch: {dataset.ne_label} labels of {dataset._type_label.name} for each datapoint, for "
-                             f"batches of {n_batch} and outputs {self.outputs!r}")
-        if n_batch % dataset.ndata_shard:
-            raise ShapeError(f"epoch: batches of {n_batch} datapoints for shards of {dataset.ndata_shard}")
-        if dataset.ndata % n_step or split % n_step or not 0 <= split <= dataset.ndata:
-            raise ShapeError(f"epoch: {split} datapoints to train with and {dataset.ndata - split} others are not "
-                             f"multiples of {n_step}: {self.opt_period} batches of {n_batch}")
-        return 0
-
     cdef int _batch(self, OptDataset dataset, int64_t ibatch, bint backward, OptResult result) except -1:
         """Train with a batch, or evaluate it only."""
         cdef c.ggml_tensor * inputs = self.inputs.ptr()
@@ -436,7 +419,7 @@ cdef class OptContext:
             self._eval(result)
         finally:
             dataset._in_use -= 1
-            release(owners)
+            vacate(owners)
         return 0
 
     def epoch(self, OptDataset dataset not None, OptResult result_train=None, OptResult result_eval=None,
@@ -450,7 +433,7 @@ cdef class OptContext:
         Wraps: ggml_opt_dataset_get_batch.
         """
         cdef int64_t n_batch, i, split = dataset.ndata if idata_split < 0 else index(idata_split)
-        self._check_dataset(dataset, split)
+        check_dataset(self, dataset, split)
         check_idle(self._state)
         n_batch = self.inputs._ptr.ne[1]
         self._set_optimizer(self.n_epochs + 1)

@@ -122,6 +122,32 @@ cdef int fill(c.ggml_tensor * t, const unsigned char[::1] data) except -1:
     return 0
 
 
+cdef int check_dataset(OptContext opt, OptDataset dataset, int64_t split) except -1:
+    """Check that batches of the dataset fit the inputs and labels, and that `split` is between two steps."""
+    cdef c.ggml_tensor * labels = c.ggml_opt_labels(opt._state.ptr())
+    cdef int64_t n_batch, n_step
+    if not opt.static_graphs:
+        raise BackendError("epoch: only static graphs can be trained by epochs")
+    n_batch = opt.inputs.ptr().ne[1]
+    n_step = n_batch * opt.opt_period
+    dataset.check()
+    if dataset._type_data != opt.inputs.type or dataset.ne_datapoint != opt.inputs._ptr.ne[0]:
+        raise ShapeError(f"epoch: datapoints of {dataset.ne_datapoint} elements of {dataset._type_data.name} for "
+                         f"inputs {opt.inputs!r}")
+    if (labels == NULL) != (dataset.ne_label == 0):
+        raise ShapeError(f"epoch: the loss {opt.loss_type.name} {'has no' if labels == NULL else 'needs'} labels")
+    if labels != NULL and (dataset._type_label != Type.F32
+                           or c.ggml_nelements(labels) != dataset.ne_label * n_batch):
+        raise ShapeError(f"epoch: {dataset.ne_label} labels of {dataset._type_label.name} for each datapoint, for "
+                         f"batches of {n_batch} and outputs {opt.outputs!r}")
+    if n_batch % dataset.ndata_shard:
+        raise ShapeError(f"epoch: batches of {n_batch} datapoints for shards of {dataset.ndata_shard}")
+    if dataset.ndata % n_step or split % n_step or not 0 <= split <= dataset.ndata:
+        raise ShapeError(f"epoch: {split} datapoints to train with and {dataset.ndata - split} others are not "
+                         f"multiples of {n_step}: {opt.opt_period} batches of {n_batch}")
+    return 0
+
+
 @cython.final
 cdef class OptResult:
     """Own the losses and predictions of the batches that were evaluated into it.

@@ -80,7 +80,7 @@ cdef class Sched(Owner):
         if self._n_exports:
             raise BusyError(f"{doing}: {self._n_exports} array(s) still show memory of the graph that it served")
         self._check_left(graph, doing)
-        check_idle(graph.ctx)
+        graph.check_nodes_idle()
         check_idle(self)
         reach([graph.ctx, self])
         check_foreign(graph)
@@ -220,6 +220,7 @@ cdef class Sched(Owner):
         cdef c.ggml_tensor * t = node.ptr()
         self.check()
         check_idle(self)
+        reach([node.ctx])  # whether its op is supported depends on where its operands are
         if self._served:
             raise BackendError("set_tensor_backend: this scheduler serves a graph already, see reset()")
         if backend not in self.backends:
@@ -307,6 +308,7 @@ cdef class Sched(Owner):
                 for backend in self.backends:
                     check_work(graph, backend)
                 graph.remember(self, owners)
+            graph.check_alone(owners)
             self._indices.read(graph)
             if graph._callbacks or self._eval is not None:
                 arm(graph._callbacks, graph.ctx, self.backends)

@@ -204,6 +204,8 @@ cdef class Slots:
             t.buffer = t.view_src.buffer
         self.table = table
         self._binding._uses = table._owners
+        if self._written:
+            self.graph._written_in = None
         self._announce()
 
     cdef int _check_apart(self, TensorTable table, Py_ssize_t i) except -1:

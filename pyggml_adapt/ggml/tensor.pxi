@@ -4,6 +4,7 @@ _FORMATS = {
     Type.F32: b"f", Type.F16: b"e", Type.F64: b"d", Type.I8: b"b", Type.I16: b"h", Type.I32: b"i", Type.I64: b"q",
 }
 _TYPES = {np.dtype(code.decode()): type for type, code in _FORMATS.items()}
+_KINDS = {int(type): type for type in Type}  # which runs no Python code, as Type(...) does
 
 
 @cython.freelist(256)
@@ -51,7 +52,7 @@ cdef class Tensor:
     @property
     def type(self):
         """Return the element type.  Wraps: ggml_tensor.type."""
-        return Type(<int> self.ptr().type)
+        return _KINDS[<int> self.ptr().type]
 
     @property
     def ne(self):
@@ -125,36 +126,54 @@ cdef class Tensor:
         """Return whether nb0 > nb1.  Wraps: ggml_is_transposed."""
         return bool(c.ggml_is_transposed(self.ptr()))
 
+    cdef int check_settable(self) except -1:
+        """Check that its flags and its op's parameters can be set: no computation reads them, nor does a training."""
+        self.ptr()
+        check_idle(self.ctx)
+        if not self.ctx.holds(self._ptr):
+            raise BackendError(f"tensor {self.name!r} is an OptContext's, and cannot be changed")
+        return 0
+
     def set_input(self):
         """Return self, marked as a graph input: allocated before every node, but overwritten once it has been read.
 
-        Fill it again before each computation, or mark it as an output too.  Raises: ShapeError if it is not a leaf.
-        Wraps: ggml_set_input.
+        Fill it again before each computation, or mark it as an output too.
+        Raises: ShapeError if it is not a leaf; as set_output().  Wraps: ggml_set_input.
         """
         if self.ptr().op != c.GGML_OP_NONE:
             raise ShapeError(f"set_input: tensor {self.name!r} is computed by {self.op}")
+        self.check_settable()
         c.ggml_set_input(self._ptr)
         return self
 
     def set_output(self):
-        """Return self, marked as a graph output: its memory is kept to the end.  Wraps: ggml_set_output."""
-        c.ggml_set_output(self.ptr())
+        """Return self, marked as a graph output: its memory is kept to the end.
+
+        Raises: BusyError while its Context is computed with.  Wraps: ggml_set_output.
+        """
+        self.check_settable()
+        c.ggml_set_output(self._ptr)
         return self
 
     def set_param(self):
         """Return self, marked as a parameter: CGraph.build_backward() finds its gradient.  Do so before expand().
 
-        Raises: ShapeError if it is not a leaf.  Wraps: ggml_set_param.
+        Raises: ShapeError if it is not a leaf; as set_output().  Wraps: ggml_set_param.
         """
         if self.ptr().op != c.GGML_OP_NONE:
             raise ShapeError(f"set_param: tensor {self.name!r} is computed by {self.op}")
+        self.check_settable()
         c.ggml_set_param(self._ptr)
         return self
 
     def set_loss(self):
-        """Return self, marked as what gradients are of: F32, one element.  Wraps: ggml_set_loss."""
+        """Return self, marked as what gradients are of: F32, one element.
+
+        Raises: ShapeError if it is not; as set_output().  Wraps: ggml_set_loss.
+        """
         if self.ptr().type != c.GGML_TYPE_F32 or c.ggml_nelements(self._ptr) != 1:
             raise ShapeError(f"set_loss: {self!r} is not a single F32 number")
+        self.check_settable()
         c.ggml_set_loss(self._ptr)
         return self
 
@@ -230,46 +249,15 @@ cdef class Tensor:
 
         Raises: as set_data().  Releases the GIL.  Wraps: ggml_backend_tensor_set_2d.
         """
-        self.copy_2d(data, offset, size, n_copies, stride_tensor, stride_data, True)
+        copy_2d(self, data, offset, size, n_copies, stride_tensor, stride_data, True)
 
     def get_2d(self, out, size_t offset, size_t size, size_t n_copies, size_t stride_tensor, size_t stride_data):
         """Copy n_copies pieces of `size` bytes, stride_tensor apart from `offset` on, to stride_data apart in `out`.
 
         Returns out.  Raises: as get_data().  Releases the GIL.  Wraps: ggml_backend_tensor_get_2d.
         """
-        self.copy_2d(out, offset, size, n_copies, stride_tensor, stride_data, False)
+        copy_2d(self, out, offset, size, n_copies, stride_tensor, stride_data, False)
         return out
-
-    cdef int copy_2d(self, data, size_t offset, size_t size, size_t n, size_t stride_tensor, size_t stride_data,
-                     bint into) except -1:
-        cdef Py_buffer view
-        cdef c.ggml_tensor * t
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
-        try:
-            held = acquire([self.ctx])
-            try:
-                t = self.range(0, 0)
-                for have, end, what in ((self.nbytes, int(offset) + spread(size, n, stride_tensor), "the tensor"),
-                                        (view.len, spread(size, n, stride_data), "the buffer")):
-                    if n and end > have:
-                        raise ShapeError(f"tensor {self.name!r}: {n} pieces end at byte {end} of {have} of {what}")
-                if n > 1 and (stride_tensor < size or stride_data < size):
-                    raise ShapeError(f"tensor {self.name!r}: pieces of {size} bytes overlap, {stride_tensor} and "
-                                     f"{stride_data} bytes apart")
-                if size == 0:
-                    return 0  # ggml would count n pieces of nothing
-                if into:
-                    self.check_writable(held)
-                with nogil:
-                    if into:
-                        c.ggml_backend_tensor_set_2d(t, view.buf, offset, size, n, stride_tensor, stride_data)
-                    else:
-                        c.ggml_backend_tensor_get_2d(t, view.buf, offset, size, n, stride_tensor, stride_data)
-            finally:
-                release(held)
-        finally:
-            PyBuffer_Release(&view)
-        return 0
 
     def copy_from(self, Tensor src not None):
         """Copy the data of src, of the same type, shape and strides, here.  Releases the GIL.
@@ -298,11 +286,16 @@ cdef class Tensor:
         """Check that the data is in no read-only mapping of these owners, and that no computation uses its memory."""
         cdef c.ggml_backend_buffer * buffer = self.buffer()
         cdef Owner owner
+        cdef bint known = False
         for owner in held:
             if owner.owns_readonly(buffer):
                 raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
-            if owner._computing and owner.owns(buffer):
-                raise BusyError(f"tensor {self.name!r} cannot be written: a computation uses its memory")
+            if owner.owns(buffer):
+                known = True
+                if owner._computing:
+                    raise BusyError(f"tensor {self.name!r} cannot be written: a computation uses its memory")
+        if not known:
+            raise BusyError(f"tensor {self.name!r} was placed in a buffer after this call had looked for its owner")
         return 0
 
     def to_numpy(self):
@@ -482,18 +475,4 @@ cdef class Tensor:
         operands = ", ".join(repr(each.name) for each in self.src)
         made = f" = {self.op}({operands})" if operands else "" if self.op == "NONE" else f" = {self.op}()"
         strides = "" if self.is_contiguous else f", strides {list(self.nb)}"
-        return f"<Tensor {self.name!r} {self.type.name} {list(self.ne)}{made}{strides}{self._place()}>"
-
-    def _place(self):
-        """Return where the data is, as the end of repr()."""
-        cdef c.ggml_tensor * t = self._ptr
-        cdef c.ggml_backend_buffer * memory = t.buffer if t.view_src == NULL else t.view_src.buffer
-        if t.data == NULL or memory == NULL:
-            return ", no data"
-        try:
-            owners = reach([self.ctx])
-        except ClosedError:
-            return ", data closed"
-        readonly = any([(<Owner> owner).owns_readonly(memory) for owner in owners])
-        name = (<bytes> c.ggml_backend_buft_name(c.ggml_backend_buffer_get_type(memory))).decode()
-        return f", {self.nbytes} bytes of {name}{', read-only' if readonly else ''}"
+        return f"<Tensor {self.name!r} {self.type.name} {list(self.ne)}{made}{strides}{place_of(self)}>"

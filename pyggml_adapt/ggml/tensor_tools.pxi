@@ -62,6 +62,54 @@ cdef bint grant(Py_buffer * view, int flags) noexcept:
     return True
 
 
+cdef int copy_2d(Tensor tensor, data, size_t offset, size_t size, size_t n, size_t stride_tensor, size_t stride_data,
+                 bint into) except -1:
+    """Copy n pieces of a buffer into a tensor, or the other way, see Tensor.set_2d() and get_2d()."""
+    cdef Py_buffer view
+    cdef c.ggml_tensor * t
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE if into else PyBUF_WRITABLE)
+    try:
+        held = acquire([tensor.ctx])
+        try:
+            t = tensor.range(0, 0)
+            for have, end, what in ((tensor.nbytes, int(offset) + spread(size, n, stride_tensor), "the tensor"),
+                                    (view.len, spread(size, n, stride_data), "the buffer")):
+                if n and end > have:
+                    raise ShapeError(f"tensor {tensor.name!r}: {n} pieces end at byte {end} of {have} of {what}")
+            if n > 1 and (stride_tensor < size or stride_data < size):
+                raise ShapeError(f"tensor {tensor.name!r}: pieces of {size} bytes overlap, {stride_tensor} and "
+                                 f"{stride_data} bytes apart")
+            if size == 0:
+                return 0  # ggml would count n pieces of nothing
+            if into:
+                tensor.check_writable(held)
+            with nogil:
+                if into:
+                    c.ggml_backend_tensor_set_2d(t, view.buf, offset, size, n, stride_tensor, stride_data)
+                else:
+                    c.ggml_backend_tensor_get_2d(t, view.buf, offset, size, n, stride_tensor, stride_data)
+        finally:
+            release(held)
+    finally:
+        PyBuffer_Release(&view)
+    return 0
+
+
+cdef str place_of(Tensor tensor):
+    """Return where the data is, as the end of repr()."""
+    cdef c.ggml_tensor * t = tensor._ptr
+    cdef c.ggml_backend_buffer * memory = t.buffer if t.view_src == NULL else t.view_src.buffer
+    if t.data == NULL or memory == NULL:
+        return ", no data"
+    try:
+        owners = reach([tensor.ctx])
+    except ClosedError:
+        return ", data closed"
+    readonly = any([(<Owner> owner).owns_readonly(memory) for owner in owners])
+    name = (<bytes> c.ggml_backend_buft_name(c.ggml_backend_buffer_get_type(memory))).decode()
+    return f", {tensor.nbytes} bytes of {name}{', read-only' if readonly else ''}"
+
+
 cdef Context home_of(Tensor a, Tensor b):
     """Return the context that the result of an operator lives in: of the one that is computed, else the left one's."""
     if a.ctx is b.ctx or a.ptr().op != c.GGML_OP_NONE or b.ptr().op == c.GGML_OP_NONE:

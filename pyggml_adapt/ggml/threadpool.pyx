@@ -42,6 +42,26 @@ cdef void * find_cpu(const char * name) noexcept:
     return NULL if cpu == NULL else c.ggml_backend_reg_get_proc_address(c.ggml_backend_dev_backend_reg(cpu), name)
 
 
+cdef int check_can_start(int n) except -1:
+    """Check that this process may have n threads more: where it may not, OpenMP ends it, and so does ggml.
+
+    Raises: BackendError.
+    """
+    started, end = [], threading.Event()
+    try:
+        for _ in range(n):
+            thread = threading.Thread(target=end.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as exc:
+        raise BackendError(f"this process cannot start {n} threads more, only {len(started)}") from exc
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return 0
+
+
 cdef bint find_openmp() except -1:
     """Return whether the CPU backend takes its threads from OpenMP."""
     cdef c.ggml_backend_get_features_t get = <c.ggml_backend_get_features_t> find_cpu("ggml_backend_get_features")
@@ -85,7 +105,7 @@ cdef class Threadpool(Owner):
     Threads do not come along when the process forks: in the child a pool of more than one is closed or, with OpenMP,
     cannot compute on a thread that has computed before; start such a process otherwise.
     Raises: ParameterError for a number out of range or a processor that this process may not run on, BackendError if
-    the process has no right to the priority.
+    the process has no right to the priority, or to as many threads.
     Wraps: ggml_threadpool_params_default, ggml_threadpool_new, ggml_threadpool_free.
     """
 
@@ -105,6 +125,7 @@ cdef class Threadpool(Owner):
         cdef c.ggml_threadpool_params params = c.ggml_threadpool_params_default(self.n_threads)
         for cpu in self.cpumask or ():
             params.cpumask[<int> cpu] = True
+        check_can_start(self.n_threads - 1)
         params.prio = <c.ggml_sched_priority> <int> self.prio
         params.poll, params.strict_cpu, params.paused = self.poll, strict_cpu, paused
         self._marked = self.cpumask is not None or self.prio != SchedPriority.NORMAL

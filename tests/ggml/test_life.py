@@ -7,6 +7,7 @@ import pytest
 
 from pyggml_adapt.errors import AllocError, BackendError, ClosedError, ShapeError
 from pyggml_adapt.ggml import (
+    Buffer,
     CGraph,
     Context,
     Device,
@@ -138,3 +139,40 @@ def test_binding_slots_of_a_graph_that_was_built_again():
     graph.expand(ops.neg(ctx, leaf(ctx)))
     with pytest.raises(BackendError, match=r"or the graph has changed since$"):
         slots.bind(TensorTable([b]))
+
+
+def test_a_leaf_that_no_node_reads():
+    """It is allocated as the others, by an owner that is known."""
+    home, other = contexts(2)
+    graph = CGraph(home, 8)
+    lone = graph.expand(leaf(home))
+    with pytest.raises(ClosedError, match=r"^tensor 'leaf_0' of another Context has no data$"):
+        GAllocr(Device.cpu().buffer_type).alloc_graph(graph.dup(other))
+    GAllocr(Device.cpu().buffer_type).alloc_graph(graph)
+    lone.set_data(np.ones(4, "f"))
+    assert lone.to_numpy().tolist() == [1] * 4
+
+
+def test_assigning_a_node_whose_operand_is_gone(backend):
+    ctx, buffer = contexts(1)[0], Buffer.allocate(Device.cpu().buffer_type, 4096)
+    buffer.place(operand := leaf(ctx), 0)
+    node = ops.neg(ctx, operand)
+    assert backend.supports_op(node)
+    buffer.close()
+    for use in (lambda: Sched([backend]).set_tensor_backend(node, backend), lambda: backend.supports_op(node)):
+        with pytest.raises(ClosedError, match=r"^Buffer is closed$"):
+            use()
+
+
+def test_a_graph_closed_while_it_is_drawn(tmp_path):
+    (ctx,) = contexts(1)
+    graph = CGraph(ctx, 8)
+    graph.expand(ops.neg(ctx, leaf(ctx)))
+
+    class Path:
+        def __fspath__(self):
+            ctx.close()
+            return str(tmp_path / "graph.dot")
+
+    with pytest.raises(ClosedError, match=CLOSED):
+        graph.dump_dot(Path())

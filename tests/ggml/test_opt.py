@@ -774,3 +774,88 @@ def test_a_finaliser_that_closes(python):
                 pass
         """
     )
+
+
+def test_marking_the_tensors_of_a_training(linear):
+    opt = linear.opt()
+    with pytest.raises(BackendError, match=r"^tensor 'labels' is an OptContext's, and cannot be changed$"):
+        opt.labels.set_param()
+
+
+def test_writing_what_a_step_uses(python):
+    """Indices are read when it starts, whatever becomes of the array; nobody else writes into the tensor."""
+    out = python("""
+        import threading
+        from pyggml_adapt.ggml import ops
+        from pyggml_adapt.ggml.opt import OptContext, OptLossType
+        ctx, n = Context(Context.size_for(64)), 4000
+        good, bad = np.arange(n, dtype="i") % 8, np.full(n, 1 << 28, "i")
+        w = ctx.new_tensor(Type.F32, (256, 8)).set_param()
+        x, ids = ctx.new_tensor(Type.F32, (256, 64)).set_input(), ctx.new_tensor(Type.I32, (n,)).set_input()
+        array = good.copy()
+        shown = Tensor.from_numpy(ctx, array, "shown")
+        ctx.alloc_tensors(Device.cpu().buffer_type)
+        w.set_data(np.ones((8, 256), "f")), x.set_data(np.ones((64, 256), "f")), ids.set_data(good)
+        out = ops.mul_mat(ctx, ops.add(ctx, ops.get_rows(ctx, w, ids), ops.get_rows(ctx, w, shown)), x)
+        opt = OptContext(Sched([Backend(n_threads=1)], 8192), x, out, loss_type=OptLossType.MEAN)
+        done, counts = threading.Event(), {"busy": 0, "wrong": 0, "step": 0}
+
+        def write():
+            while not done.wait(1e-4):
+                for data in (bad, good):
+                    array[:] = data
+                    try:
+                        ids.set_data(data)
+                    except BusyError:
+                        counts["busy"] += 1
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        while min(counts["busy"], counts["step"]) < 20:
+            try:
+                opt.alloc(backward=True)
+            except (IndexRangeError, BackendError):
+                pass
+            try:
+                opt.eval()
+                counts["step"] += 1
+            except (IndexRangeError, BackendError):
+                counts["wrong"] += 1
+        done.set()
+        thread.join()
+        print("ok")
+    """)
+    assert out == "ok\n"
+
+
+def test_what_a_training_needs_is_gone(backend):
+    """Operands in another Context that was closed, before each call that looks at them."""
+
+    def prepared():
+        home, ctx = Context(Context.size_for(4)), Context(OptContext.size_for(8, 256))
+        w = Tensor.from_numpy(home, np.ones((3, 4), "f")).set_param()
+        graph, inputs = CGraph(ctx, 256), ctx.new_tensor(Type.F32, (4, 2)).set_input()
+        return home, w, graph, inputs, graph.expand(ops.mul_mat(ctx, w, inputs))
+
+    gone = r"^Context is closed$"
+    home, _, graph, inputs, outputs = prepared()
+    opt = OptContext(Sched([backend]), loss_type=OptLossType.MEAN)
+    opt.prepare_alloc(graph, inputs, outputs)
+    home.close()
+    with pytest.raises(ClosedError, match=gone):
+        opt.alloc(backward=True)
+
+    home, _, graph, inputs, outputs = prepared()
+    home.close()
+    with pytest.raises(ClosedError, match=gone):
+        OptContext(Sched([backend]), loss_type=OptLossType.MEAN).prepare_alloc(graph, inputs, outputs)
+    with pytest.raises(ClosedError, match=gone):
+        OptContext(Sched([backend]), inputs, outputs, loss_type=OptLossType.MEAN)
+
+    home, w, graph, inputs, outputs = prepared()
+    opt = OptContext(Sched([backend]), loss_type=OptLossType.MEAN, opt_period=1)
+    opt.prepare_alloc(graph, inputs, outputs)
+    opt.alloc(backward=True)
+    inputs.ctx.close()
+    with pytest.raises(ClosedError, match=gone):
+        opt.grad_acc(w)

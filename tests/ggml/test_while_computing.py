@@ -7,14 +7,26 @@ import threading
 import numpy as np
 import pytest
 
-from pyggml_adapt.errors import BusyError, ClosedError, GGMLError, IndexRangeError, ParameterError, ShapeError
+from pyggml_adapt.errors import (
+    BusyError,
+    ClosedError,
+    DTypeError,
+    GGMLError,
+    IndexRangeError,
+    ParameterError,
+    ShapeError,
+)
 from pyggml_adapt.ggml import (
+    Backend,
     Buffer,
     CGraph,
     Context,
     Device,
     GAllocr,
     GraphPlan,
+    OpHint,
+    Prec,
+    RopeType,
     Sched,
     Slots,
     Tensor,
@@ -402,3 +414,119 @@ def test_two_threads_with_one_graph(backend):
     assert not errors
     g.graph.compute(backend)
     assert g.picked.to_numpy().tolist() == ROWS[[2, 0]].tolist()
+
+
+def test_marks_and_hints(backend):
+    """ggml looks at them while it computes."""
+    g = Picking()
+    product, q = ops.mul_mat(g.ctx, g.rows, g.rows), g.ctx.new_tensor(Type.F32, (8, 1))
+    attention = ops.flash_attn_ext(g.ctx, q, q, q, None, 1.0)
+    turned = ops.rope(g.ctx, q, Tensor.from_numpy(g.ctx, np.zeros(1, "i")), 4, RopeType.NORMAL)
+    loss = ops.sum(g.ctx, g.picked)
+    raised = []
+
+    def meanwhile():
+        for use in (
+            lambda: g.picked.set_output(),
+            lambda: g.leaf.set_input(),
+            lambda: g.leaf.set_param(),
+            lambda: loss.set_loss(),
+            lambda: ops.mul_mat_set_hint(product, OpHint.NONE),
+            lambda: ops.prec_set_acc(product, Prec.F32),
+            lambda: ops.prec_set_src(product, Prec.F16, 1),
+            lambda: ops.rope_set_offset(turned, 2),
+            lambda: ops.flash_attn_ext_set_n_kv_max(attention, 1),
+        ):
+            with pytest.raises(BusyError, match=r"^Context is in use by a computation that has not ended$"):
+                use()
+            raised.append(use)
+
+    g.meanwhile = meanwhile
+    g.alloc().graph.compute(backend)
+    assert len(raised) == 9
+
+
+def test_allocating_a_graph_of_nodes_that_are_computed(backend):
+    """It would take the indices that these compute with meanwhile for the graph's."""
+    g, raised = Picking(), []
+    graph = g.alloc().graph.dup(Context(Context.size_for(64, 256)))
+    scheds = Sched([backend]), Sched([backend])
+
+    def meanwhile():
+        for use in (
+            lambda: scheds[0].alloc_graph(graph),
+            lambda: scheds[1].reserve(graph),
+            lambda: GAllocr(Device.cpu().buffer_type).alloc_graph(graph),
+        ):
+            with pytest.raises(BusyError, match=r"^Context is in use by a computation that has not ended$"):
+                use()
+            raised.append(use)
+
+    g.meanwhile = meanwhile
+    g.graph.compute(backend)
+    assert len(raised) == 3
+
+
+@pytest.mark.parametrize("how", ["graph", "sched"])
+def test_a_graph_that_writes_where_another_computes(backend, how):
+    """As a slot that was pointed there does."""
+    order = ops.argsort((g := Picking()).ctx, Tensor.from_numpy(g.ctx, np.arange(4, dtype="f")), 0)
+    g.graph.expand(order)
+    g.alloc()
+    ctx = Context(Context.size_for(64, 64))
+    graph = CGraph(ctx, 64)
+    slots = Slots(graph)
+    leaf = slots.add(Tensor.from_numpy(Context(Context.size_for(1)), np.zeros(4, "i")))
+    graph.expand(ops.cpy(ctx, Tensor.from_numpy(ctx, np.full(4, 1 << 28, "i")), leaf))
+    sched, own = Sched([Backend(n_threads=1)]), Backend(n_threads=1)
+    if how == "sched":
+        sched.alloc_graph(graph)
+    else:
+        GAllocr(Device.cpu().buffer_type).alloc_graph(graph)
+    slots.seal()
+    raised = []
+
+    def meanwhile():
+        slots.bind(TensorTable([order]))
+        with pytest.raises(BusyError, match=r"^compute: the graph writes into memory of a GAllocr that another comput"):
+            sched.compute(graph) if how == "sched" else graph.compute(own)
+        raised.append(how)
+
+    g.meanwhile = meanwhile
+    g.graph.compute(backend)
+    assert raised == [how]
+    assert order.to_numpy().tolist() == [0, 1, 2, 3]
+    sched.compute(graph) if how == "sched" else graph.compute(own)
+    assert order.to_numpy().tolist() == [1 << 28] * 4
+
+
+def test_a_slot_that_shows_a_node_of_its_graph(backend):
+    """Were it written, nobody would know what the node holds."""
+    ctx = Context(Context.size_for(64, 128))
+    order = ops.argsort(ctx, Tensor.from_numpy(ctx, np.arange(4, dtype="f")), 0)
+    first, graph = CGraph(ctx, 64), CGraph(ctx, 64)
+    first.expand(order.set_output())
+    GAllocr(Device.cpu().buffer_type).alloc_graph(first)
+    slots = Slots(graph)
+    leaf = slots.add(order)
+    graph.expand(order)
+    graph.expand(ops.cpy(ctx, Tensor.from_numpy(ctx, np.full(4, 1 << 28, "i")), leaf))
+    GAllocr(Device.cpu().buffer_type).alloc_graph(graph)
+    slots.seal()
+    with pytest.raises(ShapeError, match=r"^tensor '.*' is written, and lies in the memory of 'node_0', which is comp"):
+        graph.compute(backend)
+
+
+def test_a_tensor_that_is_placed_while_others_are_written():
+    """The buffer, a read-only one, was not there when owners were looked at."""
+    ctx = Context(Context.size_for(4))
+    large, small = ctx.new_tensor(Type.I8, (1 << 25,)), ctx.new_tensor(Type.F32, (4,))
+    Buffer.allocate(Device.cpu().buffer_type, large.nbytes).place(large, 0)
+    readonly, data = Buffer.from_mapping(bytes(64)), np.zeros(1 << 25, "b")
+    going = threading.Event()
+    other = threading.Thread(target=lambda: going.wait() and readonly.place(small, 0))
+    other.start()
+    going.set()  # the other runs as soon as the GIL is free, which it is while data is copied
+    with pytest.raises((BusyError, DTypeError), match=r"was placed in a buffer after this call had|read-only mapping$"):
+        ctx.set_data((*[large] * 20, small), (*[data] * 20, np.ones(4, "f")))
+    other.join()

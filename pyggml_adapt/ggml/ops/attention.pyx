@@ -205,6 +205,7 @@ def flash_attn_ext_set_n_kv_max(Tensor a not None, int32_t n_kv_max):
     check_flash("flash_attn_ext_set_n_kv_max", a)
     if n_kv_max < 0:
         raise bad_value("flash_attn_ext_set_n_kv_max", f"n_kv_max {n_kv_max} is negative")
+    a.check_settable()
     c.ggml_flash_attn_ext_set_n_kv_max(a.ptr(), n_kv_max)
     return a
 

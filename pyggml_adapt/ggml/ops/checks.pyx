@@ -64,7 +64,7 @@ cdef str type_name(c.ggml_type type):
 
 cdef c.ggml_type type_of(object type) except? c.GGML_TYPE_COUNT:
     """Return the type of this name or number.  Raises: ValueError if ggml has none such."""
-    return <c.ggml_type> <int> Type(type)
+    return <c.ggml_type> <int> (type if isinstance(type, Type) else Type(type))
 
 
 cdef bint is_weight(c.ggml_tensor * t) noexcept nogil:

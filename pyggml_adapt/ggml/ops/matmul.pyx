@@ -45,6 +45,7 @@ def prec_set_acc(Tensor a not None, int prec):
     Wraps: ggml_prec_set_acc.
     """
     check_prec("prec_set_acc", prec)
+    a.check_settable()
     if a.ptr().op == c.GGML_OP_FLASH_ATTN_EXT and prec != c.GGML_PREC_UNDEFINED and prec != c.GGML_PREC_F32:
         raise bad_value("prec_set_acc", "flash_attn_ext accumulates in F32 only")  # its kernel aborts
     if not c.ggml_prec_set_acc(a.ptr(), <c.ggml_prec> prec):
@@ -59,6 +60,7 @@ def prec_set_src(Tensor a not None, int prec, int idx):
     Wraps: ggml_prec_set_src.
     """
     check_prec("prec_set_src", prec)
+    a.check_settable()
     if not 0 <= idx < c.GGML_MAX_SRC or not c.ggml_prec_set_src(a.ptr(), <c.ggml_prec> prec, idx):
         raise bad_value("prec_set_src", f"operand {idx} of the op {a.op} has no such setting")
     return a
@@ -78,6 +80,7 @@ def mul_mat_set_hint(Tensor a not None, int hint):
     if pa.op != c.GGML_OP_MUL_MAT:
         raise bad_value("mul_mat_set_hint", f"{a.op} is not MUL_MAT")
     cdef int64_t n = pa.src[0].ne[0]
+    a.check_settable()
     if hint == c.GGML_HINT_SRC0_IS_HADAMARD:
         if n != pa.ne[0] or n < 1 or n & (n - 1):
             raise bad_value("mul_mat_set_hint", f"{[n, pa.ne[0]]} is not square with a power of two rows")

@@ -227,6 +227,7 @@ def rope_set_offset(Tensor a not None, int n_offs):
     Wraps: ggml_rope_set_offset.
     """
     cdef c.ggml_tensor * pa = a.ptr()
+    a.check_settable()
     if pa.op != c.GGML_OP_ROPE and pa.op != c.GGML_OP_ROPE_BACK:
         raise bad_value("rope_set_offset", f"{a.op} is not the result of rope")
     if pa.op_params[2] == c.GGML_ROPE_TYPE_VISION:
