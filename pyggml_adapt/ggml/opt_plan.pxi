@@ -162,7 +162,9 @@ cdef int check_leaves(Plan plan, list owners, Context fresh) except -1:
         for owner in owners:
             if param and (<Owner> owner).owns_readonly(root.buffer):
                 raise DTypeError(f"parameter {plan.graph._wrap(t).name!r} is in a read-only mapping")
-    return check_writable(plan.graph, owners)
+    check_writable(plan.graph, owners)
+    plan.graph._written += [address for address, param in plan.leaves if param]  # by the optimiser
+    return 0
 
 
 cdef int check_places(Plan plan) except -1:

@@ -11,6 +11,7 @@ import pytest
 from pyggml_adapt.errors import (
     AllocError,
     BackendError,
+    BusyError,
     ClosedError,
     ComputeAborted,
     DTypeError,
@@ -18,7 +19,19 @@ from pyggml_adapt.errors import (
     ParameterError,
     ShapeError,
 )
-from pyggml_adapt.ggml import Backend, CGraph, Context, Sched, Slots, Tensor, TensorTable, Threadpool, Type, ops
+from pyggml_adapt.ggml import (
+    Backend,
+    CGraph,
+    Context,
+    GAllocr,
+    Sched,
+    Slots,
+    Tensor,
+    TensorTable,
+    Threadpool,
+    Type,
+    ops,
+)
 from pyggml_adapt.ggml.opt import SGD, AdamW, OptContext, OptDataset, OptLossType, OptResult, fit, progress
 
 MSE, CE = OptLossType.MEAN_SQUARED_ERROR, OptLossType.CROSS_ENTROPY
@@ -859,3 +872,22 @@ def test_what_a_training_needs_is_gone(backend):
     inputs.ctx.close()
     with pytest.raises(ClosedError, match=gone):
         opt.grad_acc(w)
+
+
+def test_training_what_another_graph_computes_with(linear, backend):
+    opt, raised = linear.opt(), []
+    ctx = Context(Context.size_for(64, 64))
+    graph = CGraph(ctx, 64)
+
+    def meanwhile(dst, src):
+        dst[:] = src
+        with pytest.raises(BusyError, match=r"^compute: the graph writes into memory of a Buffer that another computa"):
+            opt.epoch(OptDataset(X, Y))
+        raised.append(True)
+
+    graph.expand(ops.map_custom1(ctx, linear.w, meanwhile).set_output())
+    GAllocr(backend.device.buffer_type).alloc_graph(graph)
+    with Backend(n_threads=1) as own:
+        graph.compute(own)
+    assert raised == [True]
+    opt.epoch(OptDataset(X, Y))
