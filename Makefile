@@ -20,7 +20,8 @@ test:
 # AddressSanitizer and UBSan: in a venv and a build folder of their own.  The sanitizers' libraries must be loaded
 # before Python, and Python's own leaks are none of ours; libstdc++ is there so that exceptions find the sanitizer.
 # ggml itself shifts into the sign bit, and reads enums from files before it checks them: these two are not looked
-# for.  The sanitizer keeps freed memory, and writes of refused allocations on stderr: two tests look at just that.
+# for.  The sanitizer keeps freed memory, writes of refused allocations on stderr, and bears no limit of its address
+# space: some tests look at just that.
 # CASES and PROGRAMS are how many the fuzzes have.
 CASES ?= 20000
 PROGRAMS ?= 300
