@@ -16,7 +16,7 @@ def fit(Sched sched not None, Tensor inputs not None, Tensor outputs not None, O
         raise ParameterError(f"fit: nepoch = {nepoch} must be at least 1, and val_split = {val_split} 0 to below 1")
     if nbatch_logical < 1 or n_batch < 1 or nbatch_logical % n_batch or ndata % nbatch_logical:
         raise ShapeError(f"fit: {ndata} datapoints, steps of {nbatch_logical} and batches of {n_batch} do not divide")
-    split = <int64_t> ((1 - val_split) * (ndata // nbatch_logical)) * nbatch_logical
+    split = int((1 - val_split) * (ndata // nbatch_logical)) * nbatch_logical
     results = OptResult(), OptResult()
     with OptContext(sched, inputs, outputs, loss_type=loss_type, optimizer=optimizer,
                     opt_period=nbatch_logical // n_batch) as opt:

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from pyggml_adapt.errors import AllocError, ClosedError, DTypeError, ShapeError
-from pyggml_adapt.ggml import Buffer, Context, Device, Tensor, Type, ops
+from pyggml_adapt.ggml import (
+    Backend,
+    Buffer,
+    CGraph,
+    Context,
+    Device,
+    Sched,
+    Tensor,
+    Threadpool,
+    Type,
+    ops,
+)
 
 
 @pytest.fixture
@@ -40,6 +51,28 @@ def test_new_tensor(ctx):
     assert t.name == "ü" * 31
     u = ops.transpose(ctx, t)
     assert (u.op, u.is_transposed, u.is_contiguous) == ("TRANSPOSE", True, False)
+
+
+INTEGERS = {
+    "mem_size": lambda ctx, n: Context(n).mem_size,
+    "ne": lambda ctx, n: ctx.new_tensor(Type.F32, (n, 3)).ne,
+    "graph": lambda ctx, n: CGraph(ctx, n).size,
+    "sched": lambda ctx, n: Sched([Backend()], n).graph_size,
+    "n_threads": lambda ctx, n: Threadpool(n).n_threads,
+    "top_k": lambda ctx, n: ops.top_k(ctx, ctx.new_tensor(Type.F32, (4, 3)), n).ne,
+    "view": lambda ctx, n: ops.view(ctx, ctx.new_tensor(Type.F32, (4, 3)), (n,)).ne,
+    "buffer": lambda ctx, n: Buffer.allocate(Device.cpu().buffer_type, n).nbytes,
+}
+
+
+@pytest.mark.parametrize("call", INTEGERS.values(), ids=INTEGERS)
+def test_integers_are_not_cut(ctx, call):
+    """A C integer is made of what Python takes for an index, not of whatever int() takes."""
+    for value in (2, np.int64(2), np.uint8(2), np.array(2), True):
+        call(ctx, value)
+    for value in (2.5, 2.0, np.float32(2), "2"):
+        with pytest.raises(TypeError, match="integer"):
+            call(ctx, value)
 
 
 @pytest.mark.parametrize(
