@@ -3,7 +3,9 @@
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, acquire, check_idle, check_same_layout, reach, release
+from pyggml_adapt.ggml.context cimport (
+    Context, Owner, Tensor, acquire, check_idle, check_same_layout, point_operands, reach, release,
+)
 from pyggml_adapt.ggml.threadpool cimport Threadpool
 
 import os

@@ -38,6 +38,8 @@ cdef void take_out(c.ggml_tensor * stand_in) noexcept
 cdef c.ggml_tensor * original(c.ggml_tensor * t) noexcept
 cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept
 cdef bint is_view(c.ggml_tensor * t) noexcept
+cdef void point_view(c.ggml_tensor * t) noexcept
+cdef void point_operands(c.ggml_tensor * node) noexcept
 cdef int count(list todo, set seen) except -1
 cdef int check_same_layout(Tensor src, Tensor dst) except -1
 cdef int read_ne(int64_t * dims, str op, ne) except -1

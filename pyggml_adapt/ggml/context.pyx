@@ -158,6 +158,23 @@ cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept:
     return t
 
 
+cdef void point_view(c.ggml_tensor * t) noexcept:
+    """Let t, if it is a view, show where its tensor's data is now: Slots may have pointed that elsewhere."""
+    if t.view_src != NULL and t.data != NULL:
+        t.data = <char *> t.view_src.data + t.view_offs
+        if t.buffer != NULL:
+            t.buffer = t.view_src.buffer
+
+
+cdef void point_operands(c.ggml_tensor * node) noexcept:
+    """Let a node, and what it is computed from, show where the data is now, before ggml looks at their buffers."""
+    cdef int k
+    point_view(node)
+    for k in range(c.GGML_MAX_SRC):
+        if node.src[k] != NULL:
+            point_view(node.src[k])
+
+
 cdef bint is_view(c.ggml_tensor * t) noexcept:
     """Return whether t only shows another tensor's data."""
     return t.op in (c.GGML_OP_VIEW, c.GGML_OP_RESHAPE, c.GGML_OP_PERMUTE, c.GGML_OP_TRANSPOSE)

@@ -136,6 +136,7 @@ cdef class Device:
     def supports_op(self, Tensor op not None):
         """Return whether it can compute this node.  Wraps: ggml_backend_dev_supports_op."""
         reach([op.ctx])
+        point_operands(op.ptr())
         return bool(c.ggml_backend_dev_supports_op(self.ptr(), op.ptr()))
 
     def supports_buft(self, BufferType buffer_type not None):
@@ -148,6 +149,7 @@ cdef class Device:
         Wraps: ggml_backend_dev_offload_op.
         """
         reach([op.ctx])
+        point_operands(op.ptr())
         return bool(c.ggml_backend_dev_offload_op(self.ptr(), op.ptr()))
 
     @property

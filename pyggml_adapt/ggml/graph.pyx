@@ -8,8 +8,8 @@ from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, put_in, reach, release, root_of, take_out,
-    vacate,
+    Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, point_operands, put_in, reach, release,
+    root_of, take_out, vacate,
 )
 from pyggml_adapt.ggml.status cimport check
 

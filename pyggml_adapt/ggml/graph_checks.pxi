@@ -167,16 +167,10 @@ cdef int check_apart(CGraph graph, c.ggml_tensor * leaf) except -1:
 
 
 cdef int point_views(CGraph graph) except -1:
-    """Let each view that nodes use show where its tensor's data is now: Slots may have pointed that elsewhere."""
-    cdef c.ggml_tensor * t
-    cdef c.ggml_tensor * each
-    cdef int i, k
+    """Let each view that nodes use show where its tensor's data is now."""
+    cdef int i
     for i in range(c.ggml_graph_n_nodes(graph._ptr)):
-        t = c.ggml_graph_node(graph._ptr, i)
-        for k in range(c.GGML_MAX_SRC + 1):
-            each = t.src[k] if k < c.GGML_MAX_SRC else t
-            if each != NULL and each.view_src != NULL and each.data != NULL:
-                each.data = <char *> each.view_src.data + each.view_offs
+        point_operands(c.ggml_graph_node(graph._ptr, i))
     return 0
 
 

@@ -9,7 +9,7 @@ from pyggml_adapt.ggml.callback cimport find_callbacks
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, count, occupy, reach, vacate
 from pyggml_adapt.ggml.graph cimport (
     CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_work, check_writable, nodes_of,
-    without_data,
+    point_views, without_data,
 )
 from pyggml_adapt.ggml.sched cimport Sched
 
@@ -277,6 +277,7 @@ cdef class OptContext:
                                      f"was marked as a parameter after the graphs were built")
             if self.static_graphs:
                 check_places(self._plan)
+            point_views(self._plan.graph)
             check_leaves(self._plan, owners, None if self.static_graphs else self._ctx)
             self._plan.graph.check_alone(owners)
         except BaseException:

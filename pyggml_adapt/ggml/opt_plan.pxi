@@ -15,7 +15,7 @@ cdef class Plan:
     cdef CGraph graph
     cdef Indices indices
     cdef list leaves
-    cdef list places  # (address, address of its data) of each leaf that had data when the graphs were built
+    cdef list places  # (address, its data's and buffer's) of each leaf that had data when the graphs were built
     cdef int n_nodes, n_leaves, n_params, n_tensors
 
 
@@ -41,7 +41,7 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     for each in loss_of(ctx, outputs, loss_type):
         plan.graph.expand(each)
     plan.leaves = leaves_of(plan.graph)
-    plan.places = [(address, <size_t> (<c.ggml_tensor *> <size_t> address).data) for address, _ in plan.leaves
+    plan.places = [(address, place_of(address)) for address, _ in plan.leaves
                    if not ctx.holds(<c.ggml_tensor *> <size_t> address)]
     plan.n_params = sum([1 for address in nodes_of(plan.graph) if is_param(address)])
     plan.graph.build_backward()
@@ -55,6 +55,12 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     plan.n_leaves = n_leaves + 3 * plan.n_params + 1
     plan.n_tensors = (c.ggml_used_mem(ctx._ptr) - overhead) // c.ggml_tensor_overhead() + 2 * plan.n_params + SPARE
     return plan
+
+
+cdef tuple place_of(size_t address):
+    """Return the addresses of a tensor's data and of its buffer."""
+    cdef c.ggml_tensor * t = <c.ggml_tensor *> address
+    return <size_t> t.data, <size_t> t.buffer
 
 
 cdef bint is_param(size_t address) noexcept:
@@ -138,6 +144,7 @@ cdef int check_plan(Plan plan, Sched sched, int size) except -1:
         raise AllocError(f"OptContext: a training step of {n} nodes and leaves, for graphs of {size}")
     if n > sched.graph_size:
         raise AllocError(f"OptContext: a training step of {n} nodes and leaves, for a scheduler of {sched.graph_size}")
+    point_views(plan.graph)
     for address in nodes_of(plan.graph):
         t = <c.ggml_tensor *> <size_t> address
         for backend in sched.backends:
@@ -169,9 +176,9 @@ cdef int check_leaves(Plan plan, list owners, Context fresh) except -1:
 
 cdef int check_places(Plan plan) except -1:
     """Check that no leaf's data has moved: ggml's copies of static graphs have the addresses that it had."""
-    cdef c.ggml_tensor * t
-    for address, data in plan.places:
-        t = <c.ggml_tensor *> <size_t> address
-        if <size_t> t.data != data:
-            raise BackendError(f"the data of tensor {plan.graph._wrap(t).name!r} has moved since the graphs were built")
+    cdef size_t address
+    for address, place in plan.places:
+        if place_of(address) != place:
+            raise BackendError(f"the data of tensor {plan.graph._wrap(<c.ggml_tensor *> address).name!r} has moved "
+                               f"since the graphs were built")
     return 0

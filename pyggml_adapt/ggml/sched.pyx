@@ -8,7 +8,7 @@ from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport arm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    Owner, Tensor, acquire, check_idle, count, is_view, occupy, reach, release, vacate,
+    Owner, Tensor, acquire, check_idle, count, is_view, occupy, point_operands, reach, release, vacate,
 )
 from pyggml_adapt.ggml.graph cimport (
     CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_not_empty, check_size, check_work,
@@ -89,6 +89,7 @@ cdef class Sched(Owner):
         count(nodes_of(graph), seen)
         if len(seen) > self.graph_size:
             raise AllocError(f"a graph of {len(seen)} nodes and leaves for a scheduler of {self.graph_size}")
+        point_views(graph)
         self._check_supported(graph)
         return 0
 
@@ -147,7 +148,8 @@ cdef class Sched(Owner):
         """Divide `graph` over the backends and allocate it.
 
         Raises: AllocError when there is not enough memory or the graph is larger than graph_size, BackendError for a
-        second graph or a node that no backend can compute, ClosedError if an operand from another Context has no data.
+        second graph or a node that no backend can compute, ClosedError if an operand from another Context has no data,
+        ShapeError if the graph has no nodes, or all that has no data yet is empty.
         Wraps: ggml_backend_sched_alloc_graph.
         """
         cdef c.ggml_cgraph * g = graph.ptr()
@@ -221,6 +223,7 @@ cdef class Sched(Owner):
         self.check()
         check_idle(self)
         reach([node.ctx])  # whether its op is supported depends on where its operands are
+        point_operands(t)
         if self._served:
             raise BackendError("set_tensor_backend: this scheduler serves a graph already, see reset()")
         if backend not in self.backends:

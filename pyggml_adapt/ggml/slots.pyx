@@ -3,7 +3,7 @@
 from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, reach, root_of
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, point_view, reach, root_of
 from pyggml_adapt.ggml.graph cimport CGraph, homes_of, memory_of, written_roots
 
 from pyggml_adapt.errors import BackendError, DTypeError, ShapeError
@@ -176,7 +176,6 @@ cdef class Slots:
         ShapeError if into memory of its nodes.
         """
         cdef Py_ssize_t i
-        cdef c.ggml_tensor * t
         if table is self.table:
             return
         if (self._slots == NULL or c.ggml_graph_n_nodes(self.graph.ptr()) != self._n_nodes
@@ -199,9 +198,7 @@ cdef class Slots:
             self._slots[i].data = table._data[i]
             self._slots[i].buffer = table._buffers[i]
         for i in range(self.n_views):
-            t = self._views[i]
-            t.data = <char *> t.view_src.data + t.view_offs
-            t.buffer = t.view_src.buffer
+            point_view(self._views[i])
         self.table = table
         self._binding._uses = table._owners
         if self._written:

@@ -36,8 +36,7 @@ cdef class Tensor:
             found = t.buffer if t.view_src == NULL else t.view_src.buffer
         if found == NULL:
             raise ClosedError(f"tensor {self.name!r} has no data: it is not allocated")
-        if t.view_src != NULL:  # which Slots may have pointed elsewhere
-            t.data = <char *> t.view_src.data + t.view_offs
+        point_view(t)
         return found
 
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL:

@@ -304,6 +304,29 @@ def test_views_of_slots_that_are_not_in_the_graph(backend):
     assert out.to_numpy().tolist() == [20, 50]
 
 
+def test_asking_about_nodes_that_show_views_of_slots(backend):
+    """ggml looks at the memory of operands; that of the view was freed when the slot was pointed elsewhere."""
+    (a, memory), (b, _) = source(1), source(2)
+    slots, leaf, _ = slotted(a)
+    slots.seal()
+    ctx = Context(Context.size_for(64, 64))
+    graph = CGraph(ctx, 64)
+    view = graph.expand(ops.view(ctx, leaf, (2,), (), 8))
+    GAllocr(Device.cpu().buffer_type).alloc_graph(graph)
+    out = ops.scale(ctx, view, 10.0)
+    graph = CGraph(ctx, 64)
+    graph.expand(out)
+    slots.bind(TensorTable([b]))
+    memory.close()
+    sched = Sched([backend])
+    assert backend.supports_op(out)
+    assert not backend.offload_op(out)
+    sched.set_tensor_backend(out, backend)
+    sched.alloc_graph(graph)
+    sched.compute(graph)
+    assert out.to_numpy().tolist() == [20, 20]
+
+
 def test_a_slot_is_no_source(backend):
     slots, leaf, _ = slotted(source(1)[0])
     slots.seal()
