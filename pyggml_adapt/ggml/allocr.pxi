@@ -31,7 +31,7 @@ cdef class GAllocr(Owner):
         """Allocate every node and input of `graph` that has no data.
 
         Raises: AllocError when there is not enough memory, BackendError for a second graph, ClosedError if an operand
-        from another Context has no data.
+        from another Context has no data, ShapeError if all that has no data yet is empty.
         Wraps: ggml_gallocr_alloc_graph.
         """
         cdef c.ggml_cgraph * g = graph.ptr()
@@ -45,7 +45,8 @@ cdef class GAllocr(Owner):
         check_not_empty(graph)
         self._served = True
         waiting = without_data(graph)
-        ok = c.ggml_gallocr_alloc_graph(self._ptr, g)  # with the GIL: nobody can close what the graph uses meanwhile
+        # with the GIL: nobody can close what the graph uses meanwhile; of no nodes ggml makes a set without memory
+        ok = not graph._members() or c.ggml_gallocr_alloc_graph(self._ptr, g)
         if not ok:
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
         self._buffers = buffers_of(waiting)
@@ -65,7 +66,7 @@ cdef class GAllocr(Owner):
         reach([graph.ctx])
         check_foreign(graph)
         check_not_empty(graph)
-        if not c.ggml_gallocr_reserve(self._ptr, g):
+        if graph._members() and not c.ggml_gallocr_reserve(self._ptr, g):
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
 
     @property
