@@ -21,7 +21,9 @@ _ACTIVATIONS = {
     Type.Q8_1: np.dtype([("d", np.float16), ("s", np.float16), ("q", np.int8, 32)]),
     Type.Q8_K: np.dtype([("d", np.float32), ("q", np.int8, 256), ("bsums", np.int16, 16)]),
 }
-cdef float LARGEST = 1e10
+# up to these nothing that ggml's searches add up, at most importance * number^3 and some, is beyond F32, so that one is
+# the best; scales are F16 in most types, fitted to the numbers
+cdef float LARGEST = 1e8, MOST_IMPORTANT = 1e10, SURELY_FINITE = 1e3
 
 cdef enum:
     CHUNK = 1 << 24  # elements that are converted by one call: ggml counts blocks in an int
@@ -34,8 +36,8 @@ def quantize(array, type, imatrix=None):
     array: real numbers, last axis = rows of ne0 elements.  imatrix: F32 [ne0], the importance of each column, or
     [n, ne0] for as many equal parts of the rows, as experts are; IQ2_XXS, IQ2_XS and IQ1_S need one.  Releases the GIL.
     Raises: ShapeError if ne0 is not a multiple of the type's block or the imatrix has another shape, DTypeError if
-    ggml cannot convert to the type or the array has no real numbers, ParameterError if a number is not finite or, to
-    be quantised, beyond 1e10, or is no number of an I type.
+    ggml cannot convert to the type or the array has no real numbers, ParameterError if a number is none of an I type
+    or, to be quantised, not finite, beyond 1e8 or beyond what the type can hold, or an importance is not 0 to 1e10.
     Wraps: ggml_quantize_chunk, ggml_quantize_requires_imatrix.
     """
     type = Type(type)
@@ -54,7 +56,18 @@ def quantize(array, type, imatrix=None):
     out = np.empty(source.size // ne0 * type.row_size(ne0), dtype=np.uint8)
     if source.size:
         convert(source.reshape(-1), out, type, ne0, weights, type.is_quantized)
+        if type.is_quantized and max(source.max(), -source.min()) > SURELY_FINITE:
+            check_finite(out, type, ne0)
     return out
+
+
+cdef int check_finite(out, type, ne0) except -1:
+    """Check that no block got a scale that is not finite."""
+    size = type.row_size(ne0)
+    for i in range(0, out.size, size):
+        if not np.isfinite(dequantize(out[i:i + size], type, ne0)).all():
+            raise ParameterError(f"quantize: row {i // size} of the array has numbers that {type.name} cannot hold")
+    return 0
 
 
 cdef int convert(const float[::1] source, unsigned char[::1] out, int type, int64_t ne0, weights,
@@ -79,25 +92,25 @@ cdef int convert(const float[::1] source, unsigned char[::1] out, int type, int6
             if checked:
                 memcpy(&copied[0], start, n * ne0 * sizeof(float))
                 start = &copied[0]
-                sound = are_within(start, n * ne0, -LARGEST)
+                sound = are_within(start, n * ne0, -LARGEST, LARGEST)
             if sound:
                 c.ggml_quantize_chunk(<c.ggml_type> type, start, &out[<size_t> i * row], 0, n, ne0,
                                       NULL if importance == NULL else importance + i // per_part * ne0)
             i += n
-    return 0 if sound else refuse("the array", -LARGEST)
+    return 0 if sound else refuse("the array", -LARGEST, LARGEST)
 
 
-cdef bint are_within(const float * numbers, int64_t n, float lowest) noexcept nogil:
+cdef bint are_within(const float * numbers, int64_t n, float lowest, float largest) noexcept nogil:
     """Return whether numbers are in a range in which ggml's searches for the best blocks neither overflow nor abort."""
     cdef int64_t i
     cdef bint sound = True
     for i in range(n):
-        sound = sound & (numbers[i] >= lowest) & (numbers[i] <= LARGEST)
+        sound = sound & (numbers[i] >= lowest) & (numbers[i] <= largest)
     return sound
 
 
-cdef int refuse(str what, float lowest) except -1:
-    raise ParameterError(f"quantize: {what} has numbers that are not from {lowest:g} to {LARGEST:g}")
+cdef int refuse(str what, float lowest, float largest) except -1:
+    raise ParameterError(f"quantize: {what} has numbers that are not from {lowest:g} to {largest:g}")
 
 
 cdef read_imatrix(imatrix, type, int64_t ne0, int64_t n_rows):
@@ -120,7 +133,9 @@ cdef read_imatrix(imatrix, type, int64_t ne0, int64_t n_rows):
 
 
 cdef int check_weights(const float[:, ::1] weights) except -1:
-    return 0 if are_within(&weights[0, 0], weights.shape[0] * weights.shape[1], 0) else refuse("the imatrix", 0)
+    if are_within(&weights[0, 0], weights.shape[0] * weights.shape[1], 0, MOST_IMPORTANT):
+        return 0
+    return refuse("the imatrix", 0, MOST_IMPORTANT)
 
 
 cdef int64_t check_row(str op, ne0, type) except -1:

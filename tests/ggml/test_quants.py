@@ -125,7 +125,7 @@ def test_mxfp4_is_the_standards():
     data = np.random.default_rng(1).integers(0, 256, (253, 17), dtype=np.uint8)
     data[:, 0] = range(253)  # 255 is NaN, and below it six times the scale is more than F32 holds
     np.testing.assert_array_equal(dequantize(data, Type.MXFP4, 32), mxfp4_decoded(data))
-    blocks = X.reshape(-1, 32) * 10.0 ** np.arange(-23, 9, dtype="f")[:, None]
+    blocks = X.reshape(-1, 32) * 10.0 ** np.arange(-24, 8, dtype="f")[:, None]
     blocks[3, 5] = 0
     stored = quantize(blocks, Type.MXFP4)
     np.testing.assert_array_equal(stored.reshape(-1, 17), mxfp4_encoded(blocks))
@@ -178,12 +178,12 @@ def test_threads_make_tables_at_once(python):
         (
             (X * np.float32("nan"), Type.Q4_K),
             ParameterError,
-            "quantize: the array has numbers that are not from -1e+10 to 1e+10",
+            "quantize: the array has numbers that are not from -1e+08 to 1e+08",
         ),
         (
             (X * np.float32(1e20), Type.Q4_K),
             ParameterError,
-            "quantize: the array has numbers that are not from -1e+10 to 1e+10",
+            "quantize: the array has numbers that are not from -1e+08 to 1e+08",
         ),
         (
             (X, Type.Q4_K, np.full(512, -1)),
@@ -193,12 +193,17 @@ def test_threads_make_tables_at_once(python):
         (
             (np.full(256, 1e300), Type.Q4_K),
             ParameterError,
-            "quantize: the array has numbers that are not from -1e+10 to 1e+10",
+            "quantize: the array has numbers that are not from -1e+08 to 1e+08",
         ),
         (
             (X, Type.Q4_K, np.full(512, 1e300)),
             ParameterError,
             "quantize: the imatrix has numbers that are not from 0 to 1e+10",
+        ),
+        (
+            (np.where(np.arange(96)[:, None] == 64, np.float32(1e7), np.ones(32, "f")), Type.Q8_0),
+            ParameterError,
+            "quantize: row 64 of the array has numbers that Q8_0 cannot hold",
         ),
         ((X, Type.Q4_K, np.ones(511)), ShapeError, "quantize: an imatrix of shape (511,) for rows of 512"),
         ((X, Type.Q4_K, 1.0), ShapeError, "quantize: an imatrix of shape () for rows of 512"),
@@ -274,14 +279,17 @@ ANY_VALUES = """
 rng = np.random.default_rng(0)
 normal = rng.standard_normal(256).astype("f")
 for t in types:
-    for special in (0, 1e-45, -1e-38, 1e10, -1e10, 3e38, np.inf, np.nan):
-        rows = [np.full(256, special, "f"), np.where(rng.random(256) < 0.1, np.float32(special), normal)]
+    for special in (0, 1e-45, -1e-38, 1e5, 1e8, -1e8, 3e38, np.inf, np.nan):
+        rows = [np.full(256, special, "f"), np.where(rng.random(256) < 0.1, np.float32(special), normal),
+                rng.choice([0, special, -special, 1], 256).astype("f")]
         for row in rows:
             for weight in (0, 1, 1e10, np.nan, -1):
-                try:
-                    dequantize(quantize(row, t, np.full(256, weight, "f")), t, 256)
-                except ParameterError:
-                    pass
+                for importance in (np.full(256, weight, "f"), rng.choice([0, weight, 1], 256).astype("f")):
+                    try:
+                        found = dequantize(quantize(row, t, importance), t, 256)
+                    except ParameterError:
+                        continue
+                    assert np.isfinite(found).all(), (t, special, weight)
     dequantize(rng.integers(0, 256, 64 * t.row_size(256), dtype=np.uint8), t, 256)
 """
 
