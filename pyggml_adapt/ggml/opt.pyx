@@ -69,7 +69,7 @@ cdef class OptContext:
     cdef Plan _plan
     cdef CGraph _graph  # that was prepared
     cdef Context _step  # of the dynamic graph that was allocated last
-    cdef list _waiting, _nodes, _flags
+    cdef list _waiting, _nodes
     cdef size_t _used_mem
     cdef int _opt_i, _n_backward
     cdef bint _prepared, _built, _ready
@@ -130,6 +130,7 @@ cdef class OptContext:
         params.ctx_compute, params.inputs, params.outputs = self._ctx._ptr, inputs._ptr, outputs._ptr
         self._state._ptr = c.ggml_opt_init(params[0])
         self._ctx.depend_on(self._state)
+        self._ctx.n_foreign += self._plan.n_nodes + self._plan.n_leaves
         if c.ggml_opt_loss(self._state._ptr).data == NULL:
             raise AllocError("OptContext: no memory for the optimiser's tensors")
         self._state._buffers = buffers_of(self._state.tensors())
@@ -237,10 +238,10 @@ cdef class OptContext:
         self.inputs, self.outputs = inputs, outputs
         self._waiting = without_data(graph)
         graph.ctx.depend_on(self._state)
+        graph.ctx.n_foreign += plan.n_nodes + plan.n_leaves
         graph._changed()
         graph._sched = None
         self._graph, self._nodes, self._used_mem = graph, nodes_of(graph), c.ggml_used_mem(graph.ctx._ptr)
-        self._flags = flags_of(self._nodes)
         c.ggml_opt_prepare_alloc(self._state._ptr, graph.ctx._ptr, g, inputs._ptr, outputs._ptr)
         self._prepared, self._built = True, False
 
@@ -271,10 +272,7 @@ cdef class OptContext:
             raise BackendError("training calls no eval_callback; set it to None")
         owners = occupy([self._ctx, self._state])
         try:
-            for address, param in self._plan.leaves:
-                if is_param(address) != param:
-                    raise ShapeError(f"tensor {self._plan.graph._wrap(<c.ggml_tensor *> <size_t> address).name!r} "
-                                     f"was marked as a parameter after the graphs were built")
+            check_marks(self._plan)
             if self.static_graphs:
                 check_places(self._plan)
             point_views(self._plan.graph)
@@ -308,8 +306,6 @@ cdef class OptContext:
             reach([self._graph.ctx])
             if nodes_of(self._graph) != self._nodes or c.ggml_used_mem(self._ctx.ptr()) != self._used_mem:
                 raise BackendError("alloc: the graph or its Context has grown since prepare_alloc")
-            if flags_of(self._nodes) != self._flags:
-                raise BackendError("alloc: parameters or losses were marked since prepare_alloc")
         if not backward and self._n_backward:
             raise BackendError(f"alloc: {self._n_backward} of opt_period = {self.opt_period} batches were trained with")
         if backward and self._opt_i != self._n_backward:  # ggml counts both
@@ -407,6 +403,7 @@ cdef class OptContext:
         cdef c.ggml_tensor * inputs = self.inputs.ptr()
         cdef c.ggml_opt_context_t ptr
         self._check_alloc(backward)
+        self.inputs.check_writable(reach([self.inputs.ctx]))
         owners = self._begin()
         dataset._in_use += 1
         try:

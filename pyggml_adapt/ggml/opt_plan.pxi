@@ -15,6 +15,7 @@ cdef class Plan:
     cdef CGraph graph
     cdef Indices indices
     cdef list leaves
+    cdef list marks  # (address, its marks) of what outputs are computed from
     cdef list places  # (address, its data's and buffer's) of each leaf that had data when the graphs were built
     cdef int n_nodes, n_leaves, n_params, n_tensors
 
@@ -38,6 +39,7 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
         t = <c.ggml_tensor *> <size_t> address
         if t.flags & c.GGML_TENSOR_FLAG_LOSS:
             raise ShapeError(f"OptContext: {outputs.ctx.home(t).wrap(t)!r} is marked as a loss; training has its own")
+    plan.marks = [(address, marks_of(address)) for address in seen]
     for each in loss_of(ctx, outputs, loss_type):
         plan.graph.expand(each)
     plan.leaves = leaves_of(plan.graph)
@@ -45,6 +47,8 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
                    if not ctx.holds(<c.ggml_tensor *> <size_t> address)]
     plan.n_params = sum([1 for address in nodes_of(plan.graph) if is_param(address)])
     plan.graph.build_backward()
+    if not accumulate:
+        check_gradients(plan)
     plan.indices = Indices(plan.graph)
     if find_callbacks(plan.graph._ptr):
         raise BackendError("OptContext: a graph with custom ops cannot be trained")
@@ -55,6 +59,19 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     plan.n_leaves = n_leaves + 3 * plan.n_params + 1
     plan.n_tensors = (c.ggml_used_mem(ctx._ptr) - overhead) // c.ggml_tensor_overhead() + 2 * plan.n_params + SPARE
     return plan
+
+
+cdef int check_gradients(Plan plan) except -1:
+    """Check that gradients are contiguous, where they are not added up first: the optimisers take it for granted."""
+    cdef c.ggml_tensor * t
+    cdef c.ggml_tensor * grad
+    for address, param in plan.leaves:
+        t = <c.ggml_tensor *> <size_t> address
+        grad = c.ggml_graph_get_grad(plan.graph._ptr, t) if param else NULL
+        if grad != NULL and not c.ggml_is_contiguous(grad):
+            raise ShapeError(f"OptContext: the gradient of parameter {plan.graph._wrap(t).name!r} is permuted; put an "
+                             f"ops.reshape before the permutation")
+    return 0
 
 
 cdef tuple place_of(size_t address):
@@ -72,10 +89,9 @@ cdef list signature_of(addresses):
     return [(is_param(address), (<c.ggml_tensor *> <size_t> address).ne) for address in addresses]
 
 
-cdef list flags_of(addresses):
-    """Return which nodes are marked as parameters or losses, which must not change until ggml has built a step."""
-    return [(<c.ggml_tensor *> <size_t> address).flags & (c.GGML_TENSOR_FLAG_PARAM | c.GGML_TENSOR_FLAG_LOSS)
-            for address in addresses]
+cdef int marks_of(size_t address) noexcept:
+    """Return whether a tensor is marked as a parameter, or as a loss."""
+    return (<c.ggml_tensor *> address).flags & (c.GGML_TENSOR_FLAG_PARAM | c.GGML_TENSOR_FLAG_LOSS)
 
 
 cdef list leaves_of(CGraph graph):
@@ -171,6 +187,16 @@ cdef int check_leaves(Plan plan, list owners, Context fresh) except -1:
                 raise DTypeError(f"parameter {plan.graph._wrap(t).name!r} is in a read-only mapping")
     check_writable(plan.graph, owners)
     plan.graph._written += [address for address, param in plan.leaves if param]  # by the optimiser
+    return 0
+
+
+cdef int check_marks(Plan plan) except -1:
+    """Check that nothing was marked since: ggml reads the marks when it builds the graphs, and when it copies them."""
+    cdef size_t address
+    for address, marks in plan.marks:
+        if marks_of(address) != marks:
+            raise ShapeError(f"tensor {plan.graph._wrap(<c.ggml_tensor *> address).name!r} was marked as a parameter, "
+                             f"or as a loss, after the graphs were built")
     return 0
 
 
