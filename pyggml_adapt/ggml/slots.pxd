@@ -31,8 +31,7 @@ cdef class Slots:
     cdef int _n_nodes, _n_cleared
     cdef list _homes  # the other Contexts that own nodes of the graph
     cdef frozenset _written  # which slots nodes of the graph write into
-    cdef list _memory  # (start, end) of each buffer that nodes of the graph are in
     cdef c.ggml_tensor ** _slots
     cdef c.ggml_tensor ** _views
-    cdef int _check_apart(self, TensorTable table, Py_ssize_t i) except -1
+    cdef int _check_apart(self, TensorTable table) except -1
     cdef int _announce(self) except -1

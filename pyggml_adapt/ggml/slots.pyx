@@ -158,7 +158,6 @@ cdef class Slots:
             self._slots[i] = (<Tensor> self._tensors[i][0])._ptr
             roots.add(<size_t> self._slots[i])
         written = written_roots(self.graph)
-        self._memory = memory_of(self.graph)
         self._written = frozenset([i for i in range(self.n) if <size_t> self._slots[i] in written])
         for k in range(n_nodes):
             t = c.ggml_graph_node(self.graph._ptr, k)
@@ -173,7 +172,7 @@ cdef class Slots:
 
         Raises: ShapeError if a type or shape differs from the slot's, BusyError while the graph computes, BackendError
         before seal() or if the graph has changed since; DTypeError if the graph would write into a read-only mapping,
-        ShapeError if into memory of its nodes.
+        ShapeError if into memory of its nodes, ClosedError if the graph writes and what it computes with was closed.
         """
         cdef Py_ssize_t i
         if table is self.table:
@@ -190,8 +189,8 @@ cdef class Slots:
         if table._readonly and not self._written.isdisjoint(table._readonly):
             names = [table.tensors[i].name for i in self._written & table._readonly]
             raise DTypeError(f"Slots.bind: tensor {names[0]!r} is in a read-only mapping, and the graph writes into it")
-        for i in self._written:
-            self._check_apart(table, i)
+        if self._written:
+            self._check_apart(table)
         for i in range(len(self._scales)):
             (<float *> (<Tensor> self._scales[i])._ptr.op_params)[0] = table.scales[i]
         for i in range(self.n):
@@ -205,15 +204,23 @@ cdef class Slots:
             self.graph._written_in = None
         self._announce()
 
-    cdef int _check_apart(self, TensorTable table, Py_ssize_t i) except -1:
+    cdef int _check_apart(self, TensorTable table) except -1:
         """Check that what would be written is not in memory that the graph's nodes are computed in."""
-        cdef size_t start = <size_t> table._data[i]
-        cdef size_t end = start + c.ggml_nbytes(self._slots[i])
-        cdef size_t first, last
-        for first, last in self._memory:
-            if start < last and first < end:
-                raise ShapeError(f"Slots.bind: tensor {table.tensors[i].name!r} is in memory of the graph's nodes, and "
-                                 f"the graph writes into it")
+        cdef size_t start, end, first, last
+        cdef Py_ssize_t i
+        now, self._binding._uses = self._binding._uses, table._owners  # what is bound now may be closed
+        try:
+            reach([self.graph.ctx])
+        finally:
+            self._binding._uses = now
+        memory = memory_of(self.graph)
+        for i in self._written:
+            start = <size_t> table._data[i]
+            end = start + c.ggml_nbytes(self._slots[i])
+            for first, last in memory:
+                if start < last and first < end:
+                    raise ShapeError(f"Slots.bind: tensor {table.tensors[i].name!r} is in memory of the graph's nodes, "
+                                     f"and the graph writes into it")
         return 0
 
     cdef int _announce(self) except -1:
