@@ -32,7 +32,7 @@ cdef class Backend(Owner):
     cdef c.ggml_backend_t _ptr
     cdef int _flags[2]  # whether computations are to stop: as abort_flag says, and since a callback has failed
     cdef bint _async
-    cdef list _pending, _exports  # what transfers and computations that have not ended use
+    cdef list _pending, _computed, _exports  # what transfers, and computations, that have not ended use
     cdef readonly Threadpool threadpool
     cdef readonly int n_threads
     cdef readonly Device device

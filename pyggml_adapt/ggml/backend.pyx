@@ -4,7 +4,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.context cimport (
-    Context, Owner, Tensor, acquire, check_idle, check_same_layout, point_operands, reach, release,
+    Context, Owner, Tensor, acquire, check_idle, check_same_layout, point_operands, reach, release, vacate,
 )
 from pyggml_adapt.ggml.threadpool cimport Threadpool
 
@@ -230,7 +230,7 @@ cdef class Backend(Owner):
 
     def __cinit__(self, Device device=None, n_threads=None, *, Threadpool threadpool=None):
         cdef pool_set_t pool_set
-        self._pending, self._exports = [], []
+        self._pending, self._computed, self._exports = [], [], []
         self.device = Device.cpu() if device is None else device
         self.n_threads = default_n_threads() if n_threads is None else n_threads
         if not 1 <= self.n_threads <= c.GGML_MAX_N_THREADS:
@@ -258,6 +258,10 @@ cdef class Backend(Owner):
             self.device._ptr, "ggml_backend_set_abort_callback")
         if set_abort != NULL:
             set_abort(self._ptr, _aborted, self._flags)
+
+    def __del__(self):  # while what it uses is there
+        if self._ptr != NULL and (self._pending or self._computed):
+            self.synchronize()
 
     def __dealloc__(self):
         self._release()
@@ -293,7 +297,7 @@ cdef class Backend(Owner):
         """Check that only work that is queued on this backend uses the owners."""
         cdef Owner owner
         for owner in owners:
-            if owner._in_use > sum([1 for each in self._pending if each is owner]):
+            if owner._in_use > sum([1 for each in self._pending + self._computed if each is owner]):
                 raise BusyError(f"{type(owner).__name__} is in use by a computation that has not ended")
         return 0
 
@@ -313,11 +317,13 @@ cdef class Backend(Owner):
         """
         cdef c.ggml_backend_t ptr = self.ptr()
         pending, self._pending = self._pending, []
+        computed, self._computed = self._computed, []
         exports, self._exports = self._exports, []
         self._in_use += 1
         with nogil:
             c.ggml_backend_synchronize(ptr)
         self._in_use -= 1
+        vacate(computed)
         release(pending)
         exports.clear()
 
@@ -366,9 +372,8 @@ cdef class Backend(Owner):
         cdef c.ggml_backend_buffer * buffer = tensor.buffer()
         if not c.ggml_backend_supports_buft(self._ptr, c.ggml_backend_buffer_get_type(buffer)):
             raise BackendError(f"{self.name} cannot reach the data of {tensor!r}")
-        for owner in owners:
-            if into and (<Owner> owner).owns_readonly(buffer):
-                raise DTypeError(f"tensor {tensor.name!r} is in a read-only mapping")
+        if into:
+            tensor.check_writable(owners, self._computed)
         return 0
 
     def copy_async(self, Tensor src not None, Tensor dst not None, Backend backend_dst=None):

@@ -69,6 +69,6 @@ cdef class Tensor:
     cdef c.ggml_tensor * with_data(self) except NULL
     cdef c.ggml_backend_buffer * buffer(self) except NULL
     cdef int copy_in(self, data, size_t offset, list held) except -1
-    cdef int check_writable(self, list held) except -1
+    cdef int check_writable(self, list held, list queued=*) except -1
     cdef int check_settable(self) except -1
     cdef c.ggml_tensor * range(self, size_t offset, size_t nbytes) except NULL

@@ -8,8 +8,8 @@ from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, point_operands, put_in, reach, release,
-    root_of, take_out, vacate,
+    Context, Owner, Tensor, check_idle, count, is_view, occupy, point_operands, put_in, reach, root_of, take_out,
+    vacate,
 )
 from pyggml_adapt.ggml.status cimport check
 
@@ -470,16 +470,16 @@ cdef class CGraph:
         if not backend._async:
             return self.compute(backend)
         backend.check_queue([self.ctx, backend])
-        cdef list owners = acquire([self.ctx, backend])
+        cdef list owners = occupy([self.ctx, backend])
         try:
             self._check_supported(backend, owners)
             self._indices.read(self)
             with nogil:
                 status = c.ggml_backend_graph_compute_async(b, graph)
         except BaseException:
-            release(owners)
+            vacate(owners)
             raise
-        backend.queue(owners, None)
+        backend._computed.extend(owners)
         raise_status(self, status, "graph compute")
 
     def __repr__(self):

@@ -55,6 +55,10 @@ cdef class Sched(Owner):
         if self._ptr == NULL:
             raise AllocError("ggml_backend_sched_new failed")
 
+    def __del__(self):  # while what it uses is there
+        if self._ptr != NULL and self._waiting:
+            self.synchronize()
+
     def __dealloc__(self):
         self._release()
 
@@ -149,7 +153,7 @@ cdef class Sched(Owner):
 
         Raises: AllocError when there is not enough memory or the graph is larger than graph_size, BackendError for a
         second graph or a node that no backend can compute, ClosedError if an operand from another Context has no data,
-        ShapeError if the graph has no nodes, or all that has no data yet is empty.
+        ShapeError if all that has no data yet is empty.
         Wraps: ggml_backend_sched_alloc_graph.
         """
         cdef c.ggml_cgraph * g = graph.ptr()

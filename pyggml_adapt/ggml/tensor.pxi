@@ -281,8 +281,11 @@ cdef class Tensor:
         finally:
             release(held)
 
-    cdef int check_writable(self, list held) except -1:
-        """Check that the data is in no read-only mapping of these owners, and that no computation uses its memory."""
+    cdef int check_writable(self, list held, list queued=[]) except -1:
+        """Check that the data is in no read-only mapping of these owners, and that no computation uses its memory.
+
+        queued: the owners that computations use which end before the data is written.
+        """
         cdef c.ggml_backend_buffer * buffer = self.buffer()
         cdef Owner owner
         cdef bint known = False
@@ -291,7 +294,7 @@ cdef class Tensor:
                 raise DTypeError(f"tensor {self.name!r} is in a read-only mapping")
             if owner.owns(buffer):
                 known = True
-                if owner._computing:
+                if owner._computing > sum([1 for each in queued if each is owner]):
                     raise BusyError(f"tensor {self.name!r} cannot be written: a computation uses its memory")
         if not known:
             raise BusyError(f"tensor {self.name!r} was placed in a buffer after this call had looked for its owner")

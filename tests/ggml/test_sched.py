@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pyggml_adapt.errors import AllocError, BackendError, BusyError, ClosedError, ComputeAborted, DTypeError, ShapeError
-from pyggml_adapt.ggml import Backend, Buffer, CGraph, Context, Sched, Type, ops
+from pyggml_adapt.ggml import Backend, Buffer, CGraph, Context, Sched, Tensor, Type, ops
 
 X = np.arange(4, dtype="f")
 
@@ -219,6 +219,21 @@ def test_compute_async(sched, backend):
     assert run(sched, chain) == (X * 8).tolist()
     chain.ctx.close()
     sched.close()
+
+
+def test_what_nobody_waited_for(backend):
+    """It ends with the scheduler, and lets go of what it used."""
+    chain, other = Chain(), Context(Context.size_for(8, 8))
+    graph = CGraph(other, 8)
+    graph.expand(ops.scale(other, Tensor.from_numpy(chain.ctx, np.array(X)), 2.0))
+    sched = Sched([backend])
+    sched.alloc_graph(graph)
+    sched.compute_async(graph)
+    with pytest.raises(BusyError, match=r"^Context is in use by a computation that has not ended$"):
+        chain.ctx.close()
+    del sched, graph, other
+    gc.collect()
+    chain.ctx.close()
 
 
 def test_a_leaf_that_is_seen_through_a_view_only(sched):

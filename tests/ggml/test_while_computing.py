@@ -327,6 +327,32 @@ def test_asking_about_nodes_that_show_views_of_slots(backend):
     assert out.to_numpy().tolist() == [20, 20]
 
 
+def test_transfers_into_what_is_computed_with(backend):
+    """By tensors of other Contexts, of which the graph knows nothing, and by a backend that is idle."""
+    (a, memory), idle, found = source(1), Backend(n_threads=1), []
+    twin = Context(Context.size_for(1)).new_tensor(Type.F32, (4,), "twin")
+    memory.place(twin, 0)
+    b = Tensor.from_numpy(Context(Context.size_for(1)), np.full(4, 2, "f"))
+
+    def write(out, array):
+        for transfer in (lambda: idle.set_async(twin, np.zeros(4, "f")), lambda: idle.copy_async(b, twin)):
+            try:
+                transfer()
+            except BusyError as exc:
+                found.append(str(exc))
+        idle.get_async(twin, out)
+
+    ctx = Context(Context.size_for(8, 8))
+    graph = CGraph(ctx, 8)
+    out = graph.expand(ops.add(ctx, ops.map_custom1(ctx, a, write), a).set_output())
+    GAllocr(Device.cpu().buffer_type).alloc_graph(graph)
+    graph.compute(backend)
+    assert found == ["tensor 'twin' cannot be written: a computation uses its memory"] * 2
+    assert out.to_numpy().tolist() == [2] * 4
+    idle.set_async(twin, np.zeros(4, "f"))
+    assert a.to_numpy().tolist() == [0] * 4
+
+
 def test_a_slot_is_no_source(backend):
     slots, leaf, _ = slotted(source(1)[0])
     slots.seal()
@@ -345,6 +371,38 @@ def test_written_leaves_in_the_memory_of_nodes(backend):
     graph.expand(ops.cpy(g.ctx, g.x, alias))
     with pytest.raises(ShapeError, match=r"^tensor 'alias' is written, and lies in the memory of 'node_0', which is c"):
         graph.compute(backend)
+
+
+def written_slot():
+    """Return Slots of one that the graph writes, the allocator of the graph, and a function that makes sources."""
+    ctx, n = Context(Context.size_for(64, 64)), 4
+    graph = CGraph(ctx, 64)
+    slots = Slots(graph)
+
+    def new_source():
+        home = Context(Context.size_for(1))
+        return home, Tensor.from_numpy(home, np.zeros(n, "i"))
+
+    leaf = slots.add(new_source()[1])
+    order = ops.argsort(ctx, Tensor.from_numpy(ctx, np.ones(n, "f")), 0)
+    graph.expand(order.set_output())
+    graph.expand(ops.cpy(ctx, order, leaf))
+    return slots, GAllocr(Device.cpu().buffer_type), order, new_source
+
+
+def test_a_written_slot_of_a_graph_that_is_allocated_later():
+    slots, allocr, order, new_source = written_slot()
+    slots.seal()
+    allocr.alloc_graph(slots.graph)
+    with pytest.raises(ShapeError, match=r"^Slots.bind: tensor 'node_0' is in memory of the graph's nodes, and the g"):
+        slots.bind(TensorTable([order]))
+    home, one = new_source()
+    slots.bind(TensorTable([one]))
+    home.close()
+    slots.bind(TensorTable([new_source()[1]]))  # what it was bound to need not be there
+    allocr.close()
+    with pytest.raises(ClosedError, match=r"^GAllocr is closed$"):
+        slots.bind(TensorTable([new_source()[1]]))
 
 
 def test_a_written_slot_in_the_memory_of_nodes(backend):
