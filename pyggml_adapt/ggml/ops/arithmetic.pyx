@@ -10,7 +10,7 @@ defined if b shares some of it, unless b is a.
 from libc.math cimport INFINITY, ceilf, isfinite
 
 from pyggml_adapt.ggml cimport libops as c
-from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor, reach, root_of
+from pyggml_adapt.ggml.context cimport MAX_ELEMENTS, Context, Tensor
 from pyggml_adapt.ggml.ops.checks cimport (
     bad_shape, bad_type, bad_value, binary_op, check_blocks, check_counts, check_even_floats, check_floats,
     check_inplace, elementwise, elementwise_inplace, has_rows, is_float, is_weight, is_writable, result, type_of,
@@ -124,11 +124,6 @@ def mul(Context ctx not None, Tensor a not None, Tensor b not None):
 
 def mul_inplace(Context ctx not None, Tensor a not None, Tensor b not None):
     """Write a * b over a, and return a view of it.  Wraps: ggml_mul_inplace."""
-    cdef c.ggml_tensor * pb = b.ptr()
-    if pb.op == c.GGML_OP_RMS_NORM:
-        reach([b.ctx])
-        if root_of(pb.src[0]) == root_of(a.ptr()):
-            b.set_output()  # else ggml computes both at once, row by row, and reads what it has written
     return binary_inplace("mul_inplace", c.ggml_mul_inplace, ctx, a, b)
 
 

@@ -4,10 +4,10 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t
 
 from pyggml_adapt.ggml cimport libops as c
-from pyggml_adapt.ggml.context cimport Context, Tensor
+from pyggml_adapt.ggml.context cimport Context, Tensor, root_of
 from pyggml_adapt.ggml.ops.checks cimport (
     bad_shape, bad_type, bad_value, check_even_rows, check_rows, check_size, check_weights, fits, has_rows,
-    is_float, is_weight, result,
+    is_float, is_weight, keep_apart, result,
 )
 
 
@@ -84,6 +84,7 @@ cdef Tensor masked(str op, ext_op call, Context ctx, Tensor a, Tensor mask, floa
     check_sinks(op, sinks, pa.ne[2], operands)
     cdef c.ggml_tensor * t = call(ctx.room(1), pa, pm, scale, max_bias)
     if sinks is not None:
+        keep_apart(t, sinks)
         c.ggml_soft_max_add_sinks(t, sinks.ptr())
     return result(ctx, t, a, mask, sinks)
 
@@ -111,8 +112,8 @@ def soft_max_ext_inplace(Context ctx not None, Tensor a not None, Tensor mask, f
     return masked("soft_max_ext_inplace", c.ggml_soft_max_ext_inplace, ctx, a, mask, scale, max_bias, sinks)
 
 
-cdef Tensor masked_back(str op, ext_op call, Context ctx, Tensor a, Tensor b, float scale, float max_bias):
-    """Check that a and b are rows at one distance, in one shape, and return the gradient."""
+cdef int check_back(str op, Tensor a, Tensor b, float max_bias) except -1:
+    """Check that a and b are rows at one distance, in one shape."""
     operands = ("a", a, "b", b)
     check_even_rows(op, a)
     check_even_rows(op, b)
@@ -122,7 +123,7 @@ cdef Tensor masked_back(str op, ext_op call, Context ctx, Tensor a, Tensor b, fl
         raise bad_shape(op, "a and b must be contiguous, and not too large", operands)
     if max_bias != 0:  # the kernel asserts it
         raise bad_value(op, f"max_bias must be 0, not {max_bias}")
-    return result(ctx, call(ctx.room(1), a.ptr(), b.ptr(), scale, max_bias), a, b)
+    return 0
 
 
 def soft_max_ext_back(Context ctx not None, Tensor a not None, Tensor b not None, float scale=1.0, float max_bias=0.0):
@@ -132,17 +133,26 @@ def soft_max_ext_back(Context ctx not None, Tensor a not None, Tensor b not None
     Raises: ShapeError if shapes differ or max_bias is not 0.
     Wraps: ggml_soft_max_ext_back.
     """
-    return masked_back("soft_max_ext_back", c.ggml_soft_max_ext_back, ctx, a, b, scale, max_bias)
+    check_back("soft_max_ext_back", a, b, max_bias)
+    cdef c.ggml_tensor * t = c.ggml_soft_max_ext_back(ctx.room(1), a.ptr(), b.ptr(), scale, max_bias)
+    keep_apart(t, b)
+    return result(ctx, t, a, b)
 
 
 def soft_max_ext_back_inplace(Context ctx not None, Tensor a not None, Tensor b not None, float scale=1.0,
                               float max_bias=0.0):
     """Return a view of a, in whose memory soft_max_ext_back's result is written.
 
-    Raises: as soft_max_ext_back.
+    Raises: as soft_max_ext_back; ShapeError if b is in that memory.
     Wraps: ggml_soft_max_ext_back_inplace.
     """
-    return masked_back("soft_max_ext_back_inplace", c.ggml_soft_max_ext_back_inplace, ctx, a, b, scale, max_bias)
+    cdef c.ggml_tensor * pa = a.ptr()
+    cdef c.ggml_tensor * pb = b.ptr()
+    check_back("soft_max_ext_back_inplace", a, b, max_bias)
+    if root_of(pa) == root_of(pb) and (pa.view_offs < pb.view_offs + c.ggml_nbytes(pb)
+                                       and pb.view_offs < pa.view_offs + c.ggml_nbytes(pa)):
+        raise bad_shape("soft_max_ext_back_inplace", "a and b overlap", ("a", a, "b", b))
+    return result(ctx, c.ggml_soft_max_ext_back_inplace(ctx.room(1), pa, pb, scale, max_bias), a, b)
 
 
 def flash_attn_ext(Context ctx not None, Tensor q not None, Tensor k not None, Tensor v not None, Tensor mask,

@@ -20,6 +20,7 @@ cdef c.ggml_type type_of(object type) except? c.GGML_TYPE_COUNT
 
 cdef bint is_weight(c.ggml_tensor * t) noexcept nogil
 cdef bint is_writable(c.ggml_type type) noexcept nogil
+cdef int keep_apart(c.ggml_tensor * t, Tensor operand) except -1
 cdef int check_rows(str op, Tensor a) except -1
 cdef int check_even_rows(str op, Tensor a) except -1
 cdef int check_counts(str op, Tensor a) except -1

@@ -84,6 +84,14 @@ cdef bint is_writable(c.ggml_type type) noexcept nogil:
             or c.ggml_is_quantized(type))
 
 
+cdef int keep_apart(c.ggml_tensor * t, Tensor operand) except -1:
+    """Let ggml not put t where an operand is that the kernel still reads when it has begun to write."""
+    cdef c.ggml_tensor * src = operand.ptr()
+    if src.op != c.GGML_OP_NONE and c.ggml_are_same_shape(t, src):
+        operand.set_output()
+    return 0
+
+
 cdef int check_rows(str op, Tensor a) except -1:
     """Check that a is F32 with contiguous rows, as the row-wise ops need."""
     cdef c.ggml_tensor * pa = a.ptr()

@@ -5,7 +5,8 @@ from libc.stdint cimport int64_t
 from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.context cimport Context, Tensor
 from pyggml_adapt.ggml.ops.checks cimport (
-    MAX_INT, bad_shape, bad_type, bad_value, check_size, check_weights, fits, has_rows, is_float, is_weight, result,
+    MAX_INT, bad_shape, bad_type, bad_value, check_size, check_weights, fits, has_rows, is_float, is_weight, keep_apart,
+    result,
 )
 
 
@@ -135,7 +136,9 @@ def add_id(Context ctx not None, Tensor a not None, Tensor b not None, Tensor id
         raise bad_shape("add_id", "shapes do not match", operands)
     if not has_rows(pa) or not has_rows(pb):
         raise bad_shape("add_id", "the rows of a and b must be contiguous", operands)
-    return result(ctx, c.ggml_add_id(ctx.room(1), pa, pb, pi), a, b, ids)
+    cdef c.ggml_tensor * t = c.ggml_add_id(ctx.room(1), pa, pb, pi)
+    keep_apart(t, b)
+    return result(ctx, t, a, b, ids)
 
 
 def out_prod(Context ctx not None, Tensor a not None, Tensor b not None):

@@ -21,6 +21,20 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def test_operands_that_are_read_to_the_end(bench):
+    """ggml would put the results in their memory, as no other node reads them."""
+    dy, y, one = normal(3, 8), normal(3, 8), normal(2, 1)
+    a, b = bench.leaf(dy).set_output(), ops.scale(bench.ctx, bench.leaf(y), 1.0)
+    single, sink = bench.leaf(one[:1]).set_output(), ops.scale(bench.ctx, bench.leaf(one[1]), 1.0)
+    back, share = bench.compute(
+        ops.soft_max_ext_back(bench.ctx, a, b), ops.soft_max_ext(bench.ctx, single, None, sinks=sink)
+    )
+    np.testing.assert_allclose(back, (dy - (dy * y).sum(-1, keepdims=True)) * y, rtol=1e-4, atol=1e-5)  # cancellation
+    np.testing.assert_allclose(share, 1 / (1 + np.exp(one[1] - one[0])), **F32)
+    with pytest.raises(ShapeError, match=r"^soft_max_ext_back_inplace: a and b overlap"):
+        ops.soft_max_ext_back_inplace(bench.ctx, a, a)
+
+
 @pytest.mark.parametrize("name", ["soft_max", "soft_max_inplace"])
 @pytest.mark.parametrize("shape", [(1,), (37,), (2, 3, 4, 17)])
 def test_soft_max(calc, name, shape):

@@ -155,3 +155,11 @@ def test_preconditions(error, message, call, specs):
     operands = [ctx.new_tensor(type, ne) for type, ne in specs]
     with pytest.raises(error, match=rf"^{re.escape(message)}( \(.*\))?$"):
         call(ctx, *operands)
+
+
+def test_add_id_of_what_is_computed(bench):
+    """ggml would put the result where the biases are, of which it still picks rows."""
+    a, biases, ids = np.zeros((1, 2, 3), "f"), RNG.standard_normal((2, 3)).astype("f"), np.array([[1, 0]], "i")
+    b = ops.scale(bench.ctx, bench.leaf(biases), 1.0)
+    (got,) = bench.compute(ops.add_id(bench.ctx, bench.leaf(a).set_output(), b, bench.leaf(ids)))
+    np.testing.assert_array_equal(got.reshape(2, 3), biases[[1, 0]])
