@@ -56,9 +56,17 @@ def quantize(array, type, imatrix=None):
     out = np.empty(source.size // ne0 * type.row_size(ne0), dtype=np.uint8)
     if source.size:
         convert(source.reshape(-1), out, type, ne0, weights, type.is_quantized)
+        if type is Type.MXFP4:
+            clear_wrapped(out.reshape(-1, type.type_size))
         if type.is_quantized and max(source.max(), -source.min()) > SURELY_FINITE:
             check_finite(out, type, ne0)
     return out
+
+
+cdef int clear_wrapped(blocks) except -1:
+    """Let blocks be 0 whose exponent ggml found to be negative, and took for one beyond that of any number here."""
+    blocks[blocks[:, 0] > 200] = 0
+    return 0
 
 
 cdef int check_finite(out, type, ne0) except -1:
