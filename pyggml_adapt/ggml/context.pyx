@@ -335,7 +335,7 @@ cdef class Context(Owner):
 
     def tensor(self, str name not None):
         """Return the first tensor that was made in it with this name, or None.  Wraps: ggml_get_tensor."""
-        cdef c.ggml_tensor * t = c.ggml_get_tensor(self.ptr(), name.encode())
+        cdef c.ggml_tensor * t = c.ggml_get_tensor(self.ptr(), name_bytes(name))
         return None if t == NULL else self.wrap(t)
 
     def alloc_tensors(self, buffer_type):

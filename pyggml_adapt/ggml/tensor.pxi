@@ -88,7 +88,7 @@ cdef class Tensor:
 
     @name.setter
     def name(self, str value):
-        cdef bytes encoded = value.encode()
+        cdef bytes encoded = name_bytes(value)
         if len(encoded) >= c.GGML_MAX_NAME:
             raise ShapeError(f"tensor name {value!r} has {len(encoded)} bytes; ggml takes {c.GGML_MAX_NAME - 1}")
         c.ggml_set_name(self.ptr(), encoded)
@@ -341,8 +341,12 @@ cdef class Tensor:
         kind = _TYPES.get(array.dtype)
         if kind is None:
             raise DTypeError(f"from_numpy: ggml has no type for {array.dtype} arrays")
-        if not array.flags.c_contiguous or not array.flags.aligned:
+        if not array.flags.c_contiguous:
             raise ShapeError("from_numpy: the array is not contiguous; use numpy.ascontiguousarray() first")
+        if not array.flags.aligned:
+            raise ShapeError("from_numpy: the array is not aligned; use its copy() instead")
+        if array.ndim > c.GGML_MAX_DIMS:
+            raise ShapeError(f"from_numpy: {array.ndim} dimensions, not 0 to {c.GGML_MAX_DIMS}")
         cdef Tensor tensor = ctx.new_tensor(kind, array.shape[::-1] or (1,), name)
         Buffer.from_mapping(array).place(tensor, 0)
         return tensor

@@ -95,6 +95,17 @@ cdef int copy_2d(Tensor tensor, data, size_t offset, size_t size, size_t n, size
     return 0
 
 
+cdef bytes name_bytes(str name):
+    """Return a tensor's name as ggml has it: UTF-8, which ends at a NUL."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError as exc:
+        raise ParameterError(f"tensor name {name!r} is no UTF-8") from exc
+    if b"\0" in encoded:
+        raise ParameterError(f"tensor name {name!r} has a NUL")
+    return encoded
+
+
 cdef str place_of(Tensor tensor):
     """Return where the data is, as the end of repr()."""
     cdef c.ggml_tensor * t = tensor._ptr

@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 
-from pyggml_adapt.errors import AllocError, ClosedError, DTypeError, ShapeError
+from pyggml_adapt.errors import AllocError, ClosedError, DTypeError, ParameterError, ShapeError
 from pyggml_adapt.ggml import (
     Backend,
     Buffer,
@@ -51,6 +51,20 @@ def test_new_tensor(ctx):
     assert t.name == "ü" * 31
     u = ops.transpose(ctx, t)
     assert (u.op, u.is_transposed, u.is_contiguous) == ("TRANSPOSE", True, False)
+
+
+def test_names_that_ggml_cannot_hold(ctx):
+    t = ctx.new_tensor(Type.F32, (1,), "t")
+
+    def rename(name):
+        t.name = name
+
+    for name, why in (("a\0b", "has a NUL"), ("\ud800", "is no UTF-8")):
+        for use in (ctx.tensor, rename, lambda name: ctx.new_tensor(Type.F32, (1,), name)):
+            with pytest.raises(ParameterError) as caught:
+                use(name)
+            assert str(caught.value) == f"tensor name {name!r} {why}"
+    assert t.name == "t"
 
 
 INTEGERS = {
