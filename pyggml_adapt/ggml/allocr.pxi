@@ -43,6 +43,7 @@ cdef class GAllocr(Owner):
         reach([graph.ctx])
         check_foreign(graph)
         check_not_empty(graph)
+        keep_params(graph)
         self._served = True
         waiting = without_data(graph)
         # with the GIL: nobody can close what the graph uses meanwhile; of no nodes ggml makes a set without memory
@@ -66,6 +67,7 @@ cdef class GAllocr(Owner):
         reach([graph.ctx])
         check_foreign(graph)
         check_not_empty(graph)
+        keep_params(graph)
         if graph._members() and not c.ggml_gallocr_reserve(self._ptr, g):
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
 

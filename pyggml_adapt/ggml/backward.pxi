@@ -56,12 +56,50 @@ cdef bint is_ignored(c.ggml_tensor * t, int j) noexcept:
     return j == 1 and t.op in (c.GGML_OP_CPY, c.GGML_OP_GET_ROWS, c.GGML_OP_GET_ROWS_BACK, c.GGML_OP_ROPE)
 
 
+cdef dict overwriters_of(CGraph graph):
+    """Return {root: nodes that write into it} of what nodes write into that have no memory of their own."""
+    cdef c.ggml_tensor * t
+    found = {}
+    for i in range(c.ggml_graph_n_nodes(graph._ptr)):
+        t = c.ggml_graph_node(graph._ptr, i)
+        if t.view_src != NULL and not is_view(t):
+            found.setdefault(<size_t> root_of(t), []).append(<size_t> t)
+    return found
+
+
+cdef int check_unwritten(c.ggml_tensor * t, dict writers) except -1:
+    """Check that what a node reads is still the same when gradients are computed from it."""
+    cdef c.ggml_tensor * src
+    for j in range(c.GGML_MAX_SRC):
+        if t.src[j] == NULL or t.op == c.GGML_OP_CPY and j == 1:
+            continue
+        by = writers.get(<size_t> root_of(t.src[j]), [])
+        src = t.src[j]
+        while by and is_view(src):
+            src = src.src[0]
+        if by and by != [<size_t> src]:
+            raise no_backward(t, f"operand {j} is written over by another node")
+    return 0
+
+
+cdef int check_readers(CGraph graph, set trained, dict writers) except -1:
+    """Check that what parameters take part in is read as the result of the node that writes it: else ggml misses it."""
+    cdef c.ggml_tensor * t
+    writers = {root: by for root, by in writers.items() if not trained.isdisjoint(by)}
+    for i in range(c.ggml_graph_n_nodes(graph._ptr) if writers else 0):
+        t = c.ggml_graph_node(graph._ptr, i)
+        if <size_t> t not in trained and not is_view(t):
+            check_unwritten(t, writers)
+    return 0
+
+
 cdef set find_trained(CGraph graph):
     """Return the addresses of the nodes that parameters take part in, each checked to be one that can be trained."""
     cdef c.ggml_tensor * t
     cdef int i, j
     cdef bint needed, any_params = False, any_loss = False
     found = set()
+    writers = overwriters_of(graph)
     for i in range(c.ggml_graph_n_nodes(graph._ptr)):
         t = c.ggml_graph_node(graph._ptr, i)
         needed = (t.flags & (c.GGML_TENSOR_FLAG_PARAM | c.GGML_TENSOR_FLAG_LOSS)) != 0
@@ -81,7 +119,9 @@ cdef set find_trained(CGraph graph):
             raise no_backward(t, "there is no gradient for what is computed in place")
         if not c.ggml_nelements(t):
             raise no_backward(t, "there is no gradient for an empty tensor")
+        check_unwritten(t, writers)
         found.add(<size_t> t)
+    check_readers(graph, found, writers)
     if not any_params:
         raise ShapeError("build_backward: no node is a parameter; use Tensor.set_param() before CGraph.expand()")
     if not any_loss:
@@ -155,6 +195,21 @@ cdef bint has_overlap(c.ggml_tensor * t) noexcept:
     return not is_disjoint(t.src[1].ne, nb)
 
 
+cdef int keep_results(set trained) except -1:
+    """Let no gradient be put where the result of a softmax is: ggml's kernel still reads that when it writes."""
+    cdef size_t address
+    for address in trained:
+        if (<c.ggml_tensor *> address).op == c.GGML_OP_SOFT_MAX:
+            (<c.ggml_tensor *> address).flags |= c.GGML_TENSOR_FLAG_OUTPUT
+    return 0
+
+
+cdef void fill_zeros(c.ggml_tensor * t) noexcept:
+    """Let zeros that ggml adds gradients of views to be made as such, not as 0 times numbers that may be infinite."""
+    if t.op == c.GGML_OP_ACC and t.src[0].op == c.GGML_OP_SCALE and (<float *> t.src[0].op_params)[0] == 0:
+        t.src[0].op = c.GGML_OP_FILL  # whose parameter is where the factor is
+
+
 cdef int check_gradient(c.ggml_tensor * t, c.ggml_tensor * src, int j, dict contiguity) except -1:
     """Check what ggml asserts, or takes for granted, when it makes the gradient of operand j of node t."""
     cdef c.ggml_tensor * other
@@ -170,6 +225,13 @@ cdef int check_gradient(c.ggml_tensor * t, c.ggml_tensor * src, int j, dict cont
         raise no_backward(t, "its gradient is permuted; put an ops.reshape before the permutation")
     if t.op in (c.GGML_OP_SUB, c.GGML_OP_DIV) and j == 1 and not same:
         raise no_backward(t, "ggml has no gradient for an operand that is broadcast")
+    if t.op == c.GGML_OP_ROPE and t.op_params[15]:
+        raise no_backward(t, "ggml has no gradient for a rotation that leaves out the first elements")
+    if t.op == c.GGML_OP_MUL_MAT and t.op_params[1] == c.GGML_HINT_SRC0_IS_HADAMARD:
+        raise no_backward(t, "ggml has no gradient for a product with a matrix that is not read")
+    if not is_padded(t.src[0]) and (
+            t.op == c.GGML_OP_GLU or t.op == c.GGML_OP_UNARY and t.op_params[0] == c.GGML_UNARY_OP_SILU):
+        raise no_backward(t, "operand 0 must be contiguous for a gradient; use ops.cont first")
     if t.op == c.GGML_OP_MEAN and t.ne[1] * t.ne[2] * t.ne[3] != 1 and <size_t> src in contiguity:
         raise no_backward(t, "ggml cannot add up the gradients of what several nodes use")
     if t.op == c.GGML_OP_MUL_MAT and j == 0 and (src.ne[2] != t.ne[2] or src.ne[3] != t.ne[3]) and t.ne[3] != 1:

@@ -16,7 +16,10 @@ cdef int check_foreign(CGraph graph) except -1
 cdef set written_roots(CGraph graph)
 cdef int check_work(CGraph graph, Backend backend) except -1
 cdef int check_writable(CGraph graph, list owners) except -1
+cdef int keep_params(CGraph graph) except -1
 cdef int point_views(CGraph graph) except -1
+cdef void fill_zeros(c.ggml_tensor * t) noexcept
+cdef int split_norms(CGraph graph) except -1
 cdef list homes_of(CGraph graph)
 cdef list memory_of(CGraph graph)
 cdef int raise_status(CGraph graph, c.ggml_status status, str doing) except -1

@@ -226,7 +226,10 @@ cdef class CGraph:
         ctx = self.ctx.room(n_new)
         self._changed()
         self._n_backward = c.ggml_graph_n_nodes(graph)
+        keep_results(trained)
         c.ggml_build_backward_expand(ctx, graph, NULL)
+        for i in range(self._n_backward, c.ggml_graph_n_nodes(graph)):
+            fill_zeros(c.ggml_graph_node(graph, i))
 
     def grad(self, Tensor tensor not None):
         """Return the gradient of the losses by `tensor`, None if it has none.  Wraps: ggml_graph_get_grad."""
@@ -314,6 +317,7 @@ cdef class CGraph:
         for i in range(c.ggml_graph_n_nodes(self._ptr)):
             self._check_node(backend, c.ggml_graph_node(self._ptr, i))
         check_writable(self, owners)
+        split_norms(self)
         check_work(self, backend)
         self._indices = Indices(self)
         self._callbacks = find_callbacks(self._ptr)
@@ -391,6 +395,7 @@ cdef class CGraph:
         cdef bint at_once
         if result.ctx is not self.ctx:
             raise ShapeError(f"compute: tensor {result.name!r} belongs to another Context than the graph")
+        check_result(self, result.ptr(), nodes[last] if last >= 0 else NULL)
         PyObject_GetBuffer(out, &view, PyBUF_WRITABLE)
         try:
             t = result.range(0, 0)
@@ -438,10 +443,11 @@ cdef class CGraph:
         that it uses, but through arrays that show it, see Tensor.to_numpy.
         result, out: a contiguous tensor, and the writable contiguous buffer that its bytes are wanted in; of the last
         node they are not copied but computed there.
-        Raises: ShapeError if `out` has another size or `result` another Context, or if a leaf that is written lies in
-        memory of a node; ClosedError if an owner of a tensor was closed, BackendError if the backend cannot compute a
-        node, IndexRangeError if an input picks a row or expert that is not there, BusyError while the backend or the
-        graph computes, ComputeAborted if the backend's abort flag was set, AllocError if there is no memory to compute.
+        Raises: ParameterError if `result` is neither the last node nor an output; ShapeError if `out` has another size
+        or `result` another Context, or if a leaf that is written lies in memory of a node; ClosedError if an owner of a
+        tensor was closed, BackendError if the backend cannot compute a node, IndexRangeError if an input picks a row or
+        expert that is not there, BusyError while the backend or the graph computes, ComputeAborted if the backend's
+        abort flag was set, AllocError if there is no memory to compute.
         Wraps: ggml_backend_graph_compute.
         """
         cdef c.ggml_status status

@@ -40,6 +40,15 @@ cdef int check_data(CGraph graph, c.ggml_tensor * t) except -1:
     return 0
 
 
+cdef int check_result(CGraph graph, c.ggml_tensor * t, c.ggml_tensor * last) except -1:
+    """Check that a result is there in the end: the memory of what lies between is used again."""
+    if (t != last and root_of(t).op != c.GGML_OP_NONE
+            and not (t.flags | root_of(t).flags) & c.GGML_TENSOR_FLAG_OUTPUT):
+        raise ParameterError(f"compute: result {graph._wrap(t).name!r} is neither the last node nor an output, see "
+                             f"Tensor.set_output()")
+    return 0
+
+
 cdef int check_not_empty(CGraph graph) except -1:
     """Check that there is something to allocate: ggml aborts when it finds only empty tensors."""
     cdef size_t address
@@ -163,6 +172,38 @@ cdef int check_apart(CGraph graph, c.ggml_tensor * leaf) except -1:
             if overlap(t, <char *> leaf.data, c.ggml_nbytes(leaf)):
                 raise ShapeError(f"tensor {graph._wrap(leaf).name!r} is written, and lies in the memory of "
                                  f"{graph._wrap(t).name!r}, which is computed")
+    return 0
+
+
+cdef int split_norms(CGraph graph) except -1:
+    """Let ggml not compute a norm together with a product that is written over what the norm reads."""
+    cdef c.ggml_tensor * t
+    cdef c.ggml_tensor * product
+    cdef int i
+    for i in range(c.ggml_graph_n_nodes(graph._ptr) - 1):
+        t, product = c.ggml_graph_node(graph._ptr, i), c.ggml_graph_node(graph._ptr, i + 1)
+        if t.op == c.GGML_OP_RMS_NORM and product.op == c.GGML_OP_MUL and is_written_over(t.src[0], product):
+            t.flags |= c.GGML_TENSOR_FLAG_OUTPUT
+    return 0
+
+
+cdef bint is_written_over(c.ggml_tensor * t, c.ggml_tensor * product) noexcept:
+    """Return whether t is in the memory of a product, or may be before they are allocated, but for equal elements."""
+    if product.data == NULL or t.data == NULL:
+        return product.view_src != NULL
+    return (overlap(t, <char *> product.data, c.ggml_nbytes(product))
+            and (t.data != product.data or t.nb[1] != product.nb[1] or t.nb[2] != product.nb[2]
+                 or t.nb[3] != product.nb[3]))
+
+
+cdef int keep_params(CGraph graph) except -1:
+    """Let parameters that are allocated with the graph be there from the first node on, and until the next time."""
+    cdef size_t address
+    cdef c.ggml_tensor * t
+    for address in without_data(graph):
+        t = <c.ggml_tensor *> address
+        if t.op == c.GGML_OP_NONE and t.flags & c.GGML_TENSOR_FLAG_PARAM:
+            t.flags |= c.GGML_TENSOR_FLAG_INPUT | c.GGML_TENSOR_FLAG_OUTPUT
     return 0
 
 

@@ -46,6 +46,7 @@ cdef extern from "ggml.h" nogil:
         GGML_OP_ADD_ID
         GGML_OP_ADD1
         GGML_OP_ACC
+        GGML_OP_FILL
         GGML_OP_SUB
         GGML_OP_MUL
         GGML_OP_DIV

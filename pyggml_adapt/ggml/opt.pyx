@@ -9,7 +9,7 @@ from pyggml_adapt.ggml.callback cimport find_callbacks
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, count, occupy, reach, vacate
 from pyggml_adapt.ggml.graph cimport (
     CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_work, check_writable, nodes_of,
-    point_views, without_data,
+    fill_zeros, point_views, split_norms, without_data,
 )
 from pyggml_adapt.ggml.sched cimport Sched
 
@@ -130,6 +130,7 @@ cdef class OptContext:
         params.ctx_compute, params.inputs, params.outputs = self._ctx._ptr, inputs._ptr, outputs._ptr
         self._state._ptr = c.ggml_opt_init(params[0])
         self._ctx.depend_on(self._state)
+        self._fill_zeros()
         self._ctx.n_foreign += self._plan.n_nodes + self._plan.n_leaves
         if c.ggml_opt_loss(self._state._ptr).data == NULL:
             raise AllocError("OptContext: no memory for the optimiser's tensors")
@@ -328,6 +329,7 @@ cdef class OptContext:
         if self.static_graphs:
             self._plan.indices.show_leaves()
         if not self.static_graphs:
+            self._fill_zeros()
             if first:
                 c.ggml_opt_reset(ptr, False)  # and with dynamic graphs
             self._step = self._ctx
@@ -386,6 +388,16 @@ cdef class OptContext:
         for backend in self.sched.backends:  # ggml_opt does not look at the status
             if backend._flags[0]:
                 raise ComputeAborted("training: stopped by an abort flag")
+        return 0
+
+    cdef int _fill_zeros(self) except -1:
+        """Do with what ggml has built what CGraph.build_backward does."""
+        cdef c.ggml_tensor * t = c.ggml_get_first_tensor(self._ctx.ptr())
+        users = set(self._nodes or ())
+        while t != NULL:
+            if <size_t> t not in users:
+                fill_zeros(t)
+            t = c.ggml_get_next_tensor(self._ctx._ptr, t)
         return 0
 
     cdef tuple _kind_of_result(self):

@@ -46,6 +46,7 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     plan.places = [(address, place_of(address)) for address, _ in plan.leaves
                    if not ctx.holds(<c.ggml_tensor *> <size_t> address)]
     plan.n_params = sum([1 for address in nodes_of(plan.graph) if is_param(address)])
+    split_norms(plan.graph)
     plan.graph.build_backward()
     if not accumulate:
         check_gradients(plan)

@@ -12,7 +12,7 @@ from pyggml_adapt.ggml.context cimport (
 )
 from pyggml_adapt.ggml.graph cimport (
     CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_not_empty, check_size, check_work,
-    check_writable, nodes_of, point_views, raise_status, without_data,
+    check_writable, keep_params, nodes_of, point_views, raise_status, split_norms, without_data,
 )
 
 from pyggml_adapt.errors import AllocError, BackendError, BusyError, ComputeAborted, DTypeError, ShapeError
@@ -84,11 +84,14 @@ cdef class Sched(Owner):
         if self._n_exports:
             raise BusyError(f"{doing}: {self._n_exports} array(s) still show memory of the graph that it served")
         self._check_left(graph, doing)
+        if not graph._members():  # of which ggml makes a set without memory
+            raise ShapeError(f"{doing}: the graph has no nodes")
         graph.check_nodes_idle()
         check_idle(self)
         reach([graph.ctx, self])
         check_foreign(graph)
         check_not_empty(graph)
+        keep_params(graph)
         seen = set(self._assigned)
         count(nodes_of(graph), seen)
         if len(seen) > self.graph_size:
@@ -153,7 +156,7 @@ cdef class Sched(Owner):
 
         Raises: AllocError when there is not enough memory or the graph is larger than graph_size, BackendError for a
         second graph or a node that no backend can compute, ClosedError if an operand from another Context has no data,
-        ShapeError if all that has no data yet is empty.
+        ShapeError if the graph has no nodes, or all that has no data yet is empty.
         Wraps: ggml_backend_sched_alloc_graph.
         """
         cdef c.ggml_cgraph * g = graph.ptr()
@@ -312,6 +315,7 @@ cdef class Sched(Owner):
             if not graph.was_checked(self, owners):
                 point_views(graph)
                 check_writable(graph, owners)
+                split_norms(graph)
                 for backend in self.backends:
                     check_work(graph, backend)
                 graph.remember(self, owners)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyggml_adapt.errors import AllocError, BackendError, ClosedError, DTypeError, FileAccessError, ShapeError
-from pyggml_adapt.ggml import CGraph, Context, Device, GAllocr, GraphPlan, OpPool, RopeType, Tensor, Type, ops
+from pyggml_adapt.ggml import CGraph, Context, Device, GAllocr, GraphPlan, OpHint, OpPool, RopeType, Tensor, Type, ops
 
 X = np.arange(1, 13, dtype="f").reshape(3, 4) / 10
 
@@ -240,6 +240,30 @@ def rotated(a):
     return np.concatenate([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], -1)
 
 
+def test_the_gradient_of_a_softmax_that_is_reshaped(backend):
+    """Its result has no other reader, and ggml would put the gradient there while it still reads it."""
+    g = Graph()
+    w, y = g.leaf(X, param=True), X.cumsum(axis=1)
+    out = ops.reshape(g.ctx, ops.soft_max(g.ctx, ops.scale(g.ctx, w, 2.0)), 12)
+    _, (grad,) = g.backward(ops.sum(g.ctx, ops.mul(g.ctx, out, g.leaf(y.reshape(-1)))), backend)
+    (expected,) = differences(lambda x: (softmax(2 * x) * y).sum(), [X])
+    np.testing.assert_allclose(grad, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_gradient_of_a_view_of_infinite_numbers(backend):
+    """It is 0 where the view does not look: ggml's zeros would be 0 times infinity."""
+    g = Graph()
+    scores = np.stack([X[:, :3], X[:, 1:]])
+    w, mask = g.leaf(scores, param=True), np.triu(np.full((3, 3), -np.inf, "f"), 1)
+    masked = ops.add(g.ctx, w, g.leaf(mask))
+    head = ops.cont(g.ctx, ops.view(g.ctx, masked, (3, 3), (12,), 36))
+    loss = ops.sum(g.ctx, ops.sqr(g.ctx, ops.soft_max(g.ctx, head)))
+    _, (grad,) = g.backward(loss, backend)
+    assert not grad[0].any()
+    (expected,) = differences(lambda x: (softmax(np.where(mask < 0, -1e9, x)) ** 2).sum(), [scores[1]])
+    np.testing.assert_allclose(grad[1], expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(backend, case):
     """Against differences in float64: 2e-3 is what F32 leaves of a sum of a dozen terms of about 1."""
@@ -289,6 +313,25 @@ def refused(build, error, match, **kwargs):
     assert len(g.graph) < 10
 
 
+def multiplied_then_scaled(g, w):
+    factor = g.leaf(X)
+    product = g.graph.expand(ops.mul(g.ctx, w, factor))
+    g.graph.expand(ops.scale_inplace(g.ctx, factor, 2.0))
+    return product
+
+
+def copied_twice(g, w):
+    cache = g.leaf(X)
+    first = g.graph.expand(ops.sqr(g.ctx, ops.cpy(g.ctx, w, cache)))
+    return ops.add(g.ctx, first, ops.cpy(g.ctx, ops.scale(g.ctx, w, 2.0), cache))
+
+
+def copied_and_read(g, w):
+    cache = g.leaf(X)
+    copied = g.graph.expand(ops.cpy(g.ctx, w, cache))
+    return ops.add(g.ctx, copied, ops.sqr(g.ctx, cache))
+
+
 def test_what_has_no_gradient():
     def through(op):
         return lambda g: ops.sum(g.ctx, op(g, g.leaf(X, param=True)))
@@ -313,6 +356,25 @@ def test_what_has_no_gradient():
             lambda g, w: ops.set(g.ctx, w, g.leaf(X[:2, :2], param=True), 4, 16, 16, 0),
             "SET node .*: ggml has no gradient where rows overlap, or interleave$",
         ),
+        (
+            lambda g, w: ops.silu(g.ctx, ops.permute(g.ctx, ops.reshape(g.ctx, w, 2, 6, 1), 0, 2, 1, 3)),
+            "SILU node .*: operand 0 must be contiguous for a gradient; use ops.cont first$",
+        ),
+        (
+            lambda g, w: ops.rope_set_offset(
+                ops.rope(g.ctx, ops.reshape(g.ctx, w, 4, 1, 3), positions(g.ctx), 2, RopeType.NORMAL), 2
+            ),
+            "ROPE node .*: ggml has no gradient for a rotation that leaves out the first elements$",
+        ),
+        (
+            lambda g, w: ops.mul_mat_set_hint(
+                ops.mul_mat(g.ctx, g.leaf(np.zeros((4, 4), "f")), w), OpHint.SRC0_IS_HADAMARD
+            ),
+            "MUL_MAT node .*: ggml has no gradient for a product with a matrix that is not read$",
+        ),
+        (multiplied_then_scaled, "MUL node .*: operand 1 is written over by another node$"),
+        (copied_twice, "SQR node .*: operand 0 is written over by another node$"),
+        (copied_and_read, "SQR node .*: operand 0 is written over by another node$"),
     ):
         refused(through(op), ShapeError, why)
 

@@ -27,6 +27,14 @@ def test_values_are_numpys(backend):
     assert compute(backend=backend) == []
 
 
+def test_a_norm_that_only_a_product_reads(backend):
+    ctx = Context(Context.size_for(8))
+    norm = ops.rms_norm(ctx, Tensor.from_numpy(ctx, X), 1e-5)
+    compute(ops.mul(ctx, norm, Tensor.from_numpy(ctx, X)), backend=backend)
+    expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(norm.to_numpy(), expected, rtol=1e-5)  # float32 in another order
+
+
 def test_each_type_comes_back(backend):
     ctx = Context(Context.size_for(8))
     x = Tensor.from_numpy(ctx, X)

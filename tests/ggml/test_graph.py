@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 
-from pyggml_adapt.errors import AllocError, BackendError, ClosedError, IndexRangeError, ShapeError
+from pyggml_adapt.errors import AllocError, BackendError, ClosedError, IndexRangeError, ParameterError, ShapeError
 from pyggml_adapt.ggml import (
     Backend,
     Buffer,
@@ -20,6 +20,7 @@ from pyggml_adapt.ggml import (
     GAllocr,
     Sched,
     Slots,
+    Tensor,
     TensorTable,
     Type,
     ops,
@@ -297,6 +298,51 @@ def test_nothing_but_empty_tensors(g):
     g.graph.expand(ops.silu(g.ctx, g.leaf(4, 0)))
     with pytest.raises(ShapeError, match=r"^alloc_graph: every tensor that has no data yet is empty$"):
         g.allocr.alloc_graph(g.graph)
+
+
+def test_a_result_whose_memory_is_used_again(g, backend):
+    x = g.leaf(4)
+    between = ops.scale(g.ctx, x, 2.0)
+    g.alloc(ops.scale(g.ctx, between, 3.0))
+    x.set_data(X[0])
+    out = np.empty(4, "f")
+    with pytest.raises(ParameterError, match=r"^compute: result 'node_0' is neither the last node nor an output, see"):
+        g.graph.compute(backend, result=between, out=out)
+    g.graph.compute(backend, result=g.graph.node(-1), out=out)
+    assert out.tolist() == [0, 6, 12, 18]
+
+
+@pytest.mark.parametrize("with_sched", [False, True])
+def test_a_parameter_that_is_allocated_with_the_graph(g, backend, with_sched):
+    """It is there before the nodes that do not need it, and from one computation to the next."""
+    x = Tensor.from_numpy(Context(Context.size_for(1)), np.ones((4, 8), "f"))
+    p = g.ctx.new_tensor(Type.F32, (1, 64), "p").set_param()
+    total = ops.sum(g.ctx, ops.add(g.ctx, ops.sum_rows(g.ctx, ops.repeat_4d(g.ctx, x, 8, 64, 1, 1)), p))
+    g.graph.expand(total.set_output())
+    sched = Sched([backend])
+    (sched if with_sched else g.allocr).alloc_graph(g.graph)
+    p.set_data(np.full(64, 5, "f"))
+    for _ in range(2):
+        sched.compute(g.graph) if with_sched else g.graph.compute(backend)
+        assert total.to_numpy().item() == 64 * 8 + 64 * 5
+
+
+def test_a_norm_that_is_allocated_elsewhere(g, backend):
+    """ggml would compute it together with the product, whose memory may be that of what the norm reads."""
+    elsewhere, data = Context(Context.size_for(4)), np.random.default_rng(0).standard_normal((4, 5, 8)).astype("f")
+    x, w = g.leaf(8, 5, 4), g.leaf(8)
+    norm = ops.rms_norm(elsewhere, ops.permute(g.ctx, ops.scale(g.ctx, x, 2.0), 0, 2, 1, 3), 1e-5)
+    buffer = elsewhere.alloc_tensors(Device.cpu().buffer_type)
+    y = ops.mul(g.ctx, norm, w)
+    g.alloc(y)
+    x.set_data(data)
+    w.set_data(np.arange(8, dtype="f"))
+    g.graph.compute(backend)
+    moved = 2 * data.transpose(1, 0, 2)
+    expected = moved / np.sqrt((moved**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(norm.to_numpy(), expected, rtol=1e-5)  # float32 in another order
+    np.testing.assert_allclose(y.to_numpy(), expected * np.arange(8), rtol=1e-5)
+    assert buffer.nbytes
 
 
 def test_nothing_to_allocate(g, backend):

@@ -221,6 +221,12 @@ def test_compute_async(sched, backend):
     sched.close()
 
 
+def test_a_graph_without_nodes(sched):
+    for use in (sched.reserve, sched.alloc_graph):
+        with pytest.raises(ShapeError, match=r"the graph has no nodes$"):
+            use(CGraph(Context(Context.size_for(0, 8)), 8))
+
+
 def test_what_nobody_waited_for(backend):
     """It ends with the scheduler, and lets go of what it used."""
     chain, other = Chain(), Context(Context.size_for(8, 8))
