@@ -16,7 +16,7 @@ test:
 	    --no-binary llama-cpp-python '.[test]'
 	$(VENV)/bin/pytest
 
-# The ggml tests, and the fuzzes of its ops and of its owners, with ggml and the extension modules under
+# The ggml tests, and the fuzzes of its ops, its graphs and its owners, with ggml and the extension modules under
 # AddressSanitizer and UBSan: in a venv and a build folder of their own.  The sanitizers' libraries must be loaded
 # before Python, and Python's own leaks are none of ours; libstdc++ is there so that exceptions find the sanitizer.
 # ggml itself shifts into the sign bit, and reads enums from files before it checks them: these two are not looked
@@ -40,6 +40,7 @@ asan:
 	    --ignore=tests/ggml/test_$(needs_more).py) --deselect tests/ggml/test_context.py::test_memory_stays_flat \
 	    --deselect tests/ggml/test_status.py::test_nothing_on_stderr_by_default
 	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_ops.py --cases $(CASES)
+	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_graphs.py --graphs $(PROGRAMS)
 	$(SANITIZED) $(ASAN)/venv/bin/python tests/ggml/fuzz_life.py --programs $(PROGRAMS)
 
 lint:

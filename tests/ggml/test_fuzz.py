@@ -48,3 +48,13 @@ for i in range(int(sys.argv[3]), int(sys.argv[3]) + int(sys.argv[4])):
     assert "6 cases of" in out
     assert "5 calls accepted" in out
     assert "never refused: abs, " in out
+
+
+def test_graphs_in_shared_memory_and_their_gradients():
+    """See fuzz_graphs.py; ggml has no gradient for about a sixth of them."""
+    script = SCRIPT.with_name("fuzz_graphs.py")
+    command = [sys.executable, str(script), "--graphs", "500"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = dict(each.split(" ", 1)[::-1] for each in done.stdout.splitlines()[-1].split(", "))
+    assert int(found["right"]) > 350, done.stdout
