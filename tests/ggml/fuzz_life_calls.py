@@ -321,6 +321,8 @@ def compute_graph(r: Random, graph: CGraph, backend: Backend) -> object:
 
 @call("graph", "backend", "tensor", weight=3)
 def compute_result(r: Random, graph: CGraph, backend: Backend, result: Tensor) -> object:
+    if len(graph) and r.random() < 0.8:  # by chance it is hardly ever one that is there in the end
+        result = graph.node(-1)
     out = np.empty(result.nbytes, np.uint8)
     graph.compute(backend, result, out)
     return out
