@@ -86,7 +86,6 @@ cdef extern from "ggml-opt.h" nogil:
     ggml_opt_result_t ggml_opt_result_init()
     void ggml_opt_result_free(ggml_opt_result_t result)
     void ggml_opt_result_reset(ggml_opt_result_t result)
-    void ggml_opt_result_ndata(ggml_opt_result_t result, int64_t * ndata)
     void ggml_opt_result_loss(ggml_opt_result_t result, double * loss, double * unc)
     void ggml_opt_result_pred(ggml_opt_result_t result, int32_t * pred)
     void ggml_opt_result_accuracy(ggml_opt_result_t result, double * accuracy, double * unc)

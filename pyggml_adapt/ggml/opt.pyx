@@ -8,8 +8,8 @@ from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport find_callbacks
 from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, count, occupy, reach, vacate
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_work, check_writable, nodes_of,
-    fill_zeros, point_views, split_norms, without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_size, check_work, check_writable, fill_zeros,
+    homes_of, nodes_of, point_views, split_norms, without_data,
 )
 from pyggml_adapt.ggml.sched cimport Sched
 
@@ -97,6 +97,7 @@ cdef class OptContext:
         if split is not None and not split.closed:
             raise BackendError("OptContext: close the Context of the graph that the scheduler had before")
         self._state.depend_on(sched)
+        sched.forget_layout()
         params = c.ggml_opt_default_params(sched._ptr, <c.ggml_opt_loss_type> <int> self.loss_type)
         params.opt_period = self.opt_period
         params.get_opt_pars = c.ggml_opt_get_constant_optimizer_params
@@ -130,7 +131,7 @@ cdef class OptContext:
         params.ctx_compute, params.inputs, params.outputs = self._ctx._ptr, inputs._ptr, outputs._ptr
         self._state._ptr = c.ggml_opt_init(params[0])
         self._ctx.depend_on(self._state)
-        self._fill_zeros()
+        fill_all_zeros(self._ctx, set())
         self._ctx.n_foreign += self._plan.n_nodes + self._plan.n_leaves
         if c.ggml_opt_loss(self._state._ptr).data == NULL:
             raise AllocError("OptContext: no memory for the optimiser's tensors")
@@ -226,6 +227,10 @@ cdef class OptContext:
                 nodes_of(graph)):
             raise ShapeError(f"prepare_alloc: outputs {outputs.name!r} and what they need are not the graph's nodes")
         plan = plan_of(outputs, self.loss_type, True)
+        for address, param in plan.leaves:
+            if param and address not in nodes_of(graph):
+                raise ShapeError(f"prepare_alloc: parameter {graph._wrap(<c.ggml_tensor *> <size_t> address).name!r} "
+                                 f"was marked after CGraph.expand()")
         check_plan(plan, self.sched, graph.size - graph.n_nodes)
         check_leaves(plan, owners, graph.ctx)
         check_foreign(graph)
@@ -269,6 +274,9 @@ cdef class OptContext:
             check_idle(owner)
         for backend in self.sched.backends:
             check_backend_idle(backend)
+        for owner in self._plan.homes:
+            if (<Owner> owner)._computing:
+                raise BusyError(f"{type(owner).__name__} is in use by a computation that has not ended")
         if self.sched._eval is not None:
             raise BackendError("training calls no eval_callback; set it to None")
         owners = occupy([self._ctx, self._state])
@@ -323,13 +331,15 @@ cdef class OptContext:
             c.ggml_opt_reset(ptr, False)  # ggml forgets to after batches without backward
         if not self.static_graphs and self._signature is None:
             self._signature = signature_of(self._nodes)
+        if not self.static_graphs:
+            self.sched.forget_layout()
         if self.static_graphs:  # which ggml copies: with the GIL, so that nobody sees what leaves show meanwhile
             self._plan.indices.show_copies()
         c.ggml_opt_alloc(ptr, backward)
         if self.static_graphs:
             self._plan.indices.show_leaves()
         if not self.static_graphs:
-            self._fill_zeros()
+            fill_all_zeros(self._ctx, set(self._nodes))
             if first:
                 c.ggml_opt_reset(ptr, False)  # and with dynamic graphs
             self._step = self._ctx
@@ -344,8 +354,8 @@ cdef class OptContext:
     def eval(self, OptResult result=None):
         """Evaluate the batch that inputs and labels hold, and add it to `result`.  Releases the GIL.
 
-        Raises: BackendError before alloc(); ShapeError if `result` has other losses, periods or batches; otherwise as
-        CGraph.compute.
+        Raises: BackendError before alloc(); ShapeError if `result` has other losses, periods or batches;
+        ComputeAborted, and then `result` is reset, as ggml has added what was not computed; else as CGraph.compute.
         Wraps: ggml_opt_eval.
         """
         if not self._ready:
@@ -369,6 +379,7 @@ cdef class OptContext:
         before = []
         try:
             for backend in self.sched.backends:
+                backend._flags[2] = 0
                 if backend.threadpool is not None:
                     before.append((backend, backend.threadpool.enter()))
             if result is not None:
@@ -379,6 +390,7 @@ cdef class OptContext:
             self._opt_i = (self._opt_i + 1) % self.opt_period
             if result is not None:
                 result._made_by = self._kind_of_result()
+                result._ndata += self.inputs._ptr.ne[1]
                 result._n_pred += self.outputs._ptr.ne[1] if c.ggml_opt_pred(ptr) != NULL else 0
         finally:
             if result is not None:
@@ -386,18 +398,10 @@ cdef class OptContext:
             for backend, each in reversed(before):
                 backend.threadpool.leave(each)
         for backend in self.sched.backends:  # ggml_opt does not look at the status
-            if backend._flags[0]:
+            if backend._flags[2]:
+                if result is not None:
+                    result.reset()
                 raise ComputeAborted("training: stopped by an abort flag")
-        return 0
-
-    cdef int _fill_zeros(self) except -1:
-        """Do with what ggml has built what CGraph.build_backward does."""
-        cdef c.ggml_tensor * t = c.ggml_get_first_tensor(self._ctx.ptr())
-        users = set(self._nodes or ())
-        while t != NULL:
-            if <size_t> t not in users:
-                fill_zeros(t)
-            t = c.ggml_get_next_tensor(self._ctx._ptr, t)
         return 0
 
     cdef tuple _kind_of_result(self):
@@ -470,6 +474,8 @@ cdef class OptContext:
         Raises: BusyError while another thread trains, or an array shows its memory.
         """
         check_idle(self._state)
+        if self._state._n_exports:
+            raise BusyError(f"OptContext cannot be closed: {self._state._n_exports} array(s) still show its memory")
         if self.static_graphs and self._ctx is not None:
             self._ctx.close()
         if self._step is not None and not self.closed:

@@ -159,7 +159,7 @@ cdef class OptResult:
 
     cdef c.ggml_opt_result_t _ptr
     cdef object _made_by  # what all evaluations into it must have in common
-    cdef int64_t _n_pred
+    cdef int64_t _n_pred, _ndata
     cdef bint _in_use
 
     def __cinit__(self):
@@ -177,15 +177,13 @@ cdef class OptResult:
         """Forget all evaluations.  Wraps: ggml_opt_result_reset."""
         self.check_idle()
         c.ggml_opt_result_reset(self._ptr)
-        self._made_by, self._n_pred = None, 0
+        self._made_by, self._n_pred, self._ndata = None, 0, 0
 
     @property
     def ndata(self):
-        """Return the number of datapoints that were evaluated.  Wraps: ggml_opt_result_ndata."""
-        cdef int64_t n = 0
+        """Return the number of datapoints that were evaluated."""
         self.check_idle()
-        c.ggml_opt_result_ndata(self._ptr, &n)
-        return n
+        return self._ndata
 
     @property
     def loss(self):

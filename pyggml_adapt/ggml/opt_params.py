@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from pyggml_adapt.errors import ParameterError
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 def _check(owner: object, name: str, lowest: float, highest: float) -> None:
     value = getattr(owner, name)
-    if not isinstance(value, (int, float)) or not lowest <= value <= highest:
-        raise ParameterError(f"{type(owner).__name__}: {name} must be {lowest:g} to {highest:g}, not {value!r}")
+    if not isinstance(value, Real) or not lowest <= float(value) <= highest:
+        raise ParameterError(f"{type(owner).__name__}: {name} must be {lowest:g} to {highest:.8g}, not {value!r}")
 
 
 _SMALLEST, _LARGEST = 1e-37, 3e38  # of what F32 holds
+_BELOW_ONE = 1 - 2**-24  # of what F32 holds: steps divide by 1 - beta
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         _check(self, "alpha", _SMALLEST, _LARGEST)
-        _check(self, "beta1", 0, 1)
-        _check(self, "beta2", 0, 1)
+        _check(self, "beta1", 0, _BELOW_ONE)
+        _check(self, "beta2", 0, _BELOW_ONE)
         _check(self, "eps", 0, _LARGEST)
         _check(self, "wd", 0, 1)
 

@@ -14,8 +14,9 @@ cdef class Plan:
 
     cdef CGraph graph
     cdef Indices indices
+    cdef list homes  # the Contexts of what outputs are computed from
     cdef list leaves
-    cdef list marks  # (address, its marks) of what outputs are computed from
+    cdef list marks  # (address, its marks, its op's parameters) of what outputs are computed from
     cdef list places  # (address, its data's and buffer's) of each leaf that had data when the graphs were built
     cdef int n_nodes, n_leaves, n_params, n_tensors
 
@@ -39,9 +40,10 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
         t = <c.ggml_tensor *> <size_t> address
         if t.flags & c.GGML_TENSOR_FLAG_LOSS:
             raise ShapeError(f"OptContext: {outputs.ctx.home(t).wrap(t)!r} is marked as a loss; training has its own")
-    plan.marks = [(address, marks_of(address)) for address in seen]
+    plan.marks = [(address, marks_of(address), params_of(address)) for address in seen]
     for each in loss_of(ctx, outputs, loss_type):
         plan.graph.expand(each)
+    plan.homes = homes_of(plan.graph)
     plan.leaves = leaves_of(plan.graph)
     plan.places = [(address, place_of(address)) for address, _ in plan.leaves
                    if not ctx.holds(<c.ggml_tensor *> <size_t> address)]
@@ -60,6 +62,16 @@ cdef Plan plan_of(Tensor outputs, loss_type, bint accumulate):
     plan.n_leaves = n_leaves + 3 * plan.n_params + 1
     plan.n_tensors = (c.ggml_used_mem(ctx._ptr) - overhead) // c.ggml_tensor_overhead() + 2 * plan.n_params + SPARE
     return plan
+
+
+cdef int fill_all_zeros(Context ctx, set users) except -1:
+    """Do with what ggml has built in ctx, beside the user's nodes, what CGraph.build_backward does."""
+    cdef c.ggml_tensor * t = c.ggml_get_first_tensor(ctx.ptr())
+    while t != NULL:
+        if <size_t> t not in users:
+            fill_zeros(t)
+        t = c.ggml_get_next_tensor(ctx._ptr, t)
+    return 0
 
 
 cdef int check_gradients(Plan plan) except -1:
@@ -88,6 +100,11 @@ cdef bint is_param(size_t address) noexcept:
 cdef list signature_of(addresses):
     """Return what must be the same of the nodes in each of the dynamic graphs: ggml knows parameters by position."""
     return [(is_param(address), (<c.ggml_tensor *> <size_t> address).ne) for address in addresses]
+
+
+cdef bytes params_of(size_t address):
+    """Return the parameters of a tensor's op."""
+    return (<char *> (<c.ggml_tensor *> address).op_params)[:sizeof((<c.ggml_tensor *> address).op_params)]
 
 
 cdef int marks_of(size_t address) noexcept:
@@ -187,17 +204,32 @@ cdef int check_leaves(Plan plan, list owners, Context fresh) except -1:
             if param and (<Owner> owner).owns_readonly(root.buffer):
                 raise DTypeError(f"parameter {plan.graph._wrap(t).name!r} is in a read-only mapping")
     check_writable(plan.graph, owners)
+    check_unshared(plan, owners)
     plan.graph._written += [address for address, param in plan.leaves if param]  # by the optimiser
+    return 0
+
+
+cdef int check_unshared(Plan plan, list owners) except -1:
+    """Check that no node is in memory that an allocator has nodes of another graph share."""
+    for owner in owners:
+        if (<Owner> owner).shared is not None:
+            for address, _, _ in plan.marks:
+                if address in (<Owner> owner).shared and (<c.ggml_tensor *> <size_t> address).op != c.GGML_OP_NONE:
+                    raise BackendError(f"{plan.graph._wrap(<c.ggml_tensor *> <size_t> address)!r} was allocated with "
+                                       f"another graph, and shares its memory: it cannot be trained")
     return 0
 
 
 cdef int check_marks(Plan plan) except -1:
     """Check that nothing was marked since: ggml reads the marks when it builds the graphs, and when it copies them."""
     cdef size_t address
-    for address, marks in plan.marks:
+    for address, marks, params in plan.marks:
         if marks_of(address) != marks:
             raise ShapeError(f"tensor {plan.graph._wrap(<c.ggml_tensor *> address).name!r} was marked as a parameter, "
                              f"or as a loss, after the graphs were built")
+        if params_of(address) != params:
+            raise BackendError(f"the parameters of {plan.graph._wrap(<c.ggml_tensor *> address)!r} have changed since "
+                               f"the graphs were built")
     return 0
 
 

@@ -495,6 +495,92 @@ def test_a_transposed_parameter(backend, opt_period):
     np.testing.assert_allclose(array, (W - 0.1 * mse_grad(W, X[:n], Y[:n])).T, atol=1e-6)
 
 
+def trained_step(opt, w, which):
+    """Return the loss of a dynamic step without training, of one of two graphs with the same numbers of nodes."""
+    with Context(OptContext.size_for(40, 1024)) as ctx:
+        graph, inputs = CGraph(ctx, 1024), ctx.new_tensor(Type.F32, (4, 1)).set_input()
+        first = ops.mul(ctx, ops.sqr(ctx, inputs), w)
+        last = ops.scale(ctx, ops.scale(ctx, first, 2.0), 2.0)
+        outputs = graph.expand(ops.add(ctx, last, last if which == "a" else first))
+        opt.prepare_alloc(graph, inputs, outputs)
+        opt.alloc(backward=False)
+        inputs.set_data(np.arange(4, dtype="f"))
+        opt.eval()
+        return opt.loss.to_numpy().item()
+
+
+def test_a_step_that_looks_like_the_one_before(backend):
+    w = Tensor.from_numpy(Context(Context.size_for(1)), np.ones((1, 4), "f")).set_param()
+    with OptContext(Sched([backend]), loss_type=OptLossType.SUM) as opt:
+        assert [trained_step(opt, w, which) for which in "aba"] == [8 * 14, 5 * 14, 8 * 14]
+
+
+def test_training_what_was_allocated_for_another_graph(backend):
+    """The allocator lets its nodes share memory, which training would copy."""
+    leaves, ctx = Context(Context.size_for(4)), Context(Context.size_for(16, 64))
+    w = Tensor.from_numpy(leaves, W.copy()).set_param()
+    inputs = Tensor.from_numpy(leaves, np.zeros((4, 5), "f"))
+    outputs = ops.sqr(ctx, ops.sqr(ctx, ops.mul_mat(ctx, w, inputs)))
+    graph, allocr = CGraph(ctx, 64), GAllocr(backend.device.buffer_type)
+    graph.expand(outputs)
+    allocr.alloc_graph(graph)
+    with pytest.raises(BackendError, match="was allocated with another graph, and shares its memory: it cannot be tra"):
+        OptContext(Sched([backend]), inputs, outputs, loss_type=MSE)
+
+
+def test_a_parameter_that_was_marked_after_expand(backend):
+    leaves, ctx = Context(Context.size_for(4)), Context(OptContext.size_for(16, 512))
+    late, other = (Tensor.from_numpy(leaves, np.ones((1, 1), "f"), name) for name in ("late", "other"))
+    graph, inputs = CGraph(ctx, 512), ctx.new_tensor(Type.F32, (1, 8)).set_input()
+    outputs = graph.expand(ops.add(ctx, ops.mul_mat(ctx, late, inputs), other.set_param()))
+    late.set_param()
+    with OptContext(Sched([backend]), loss_type=MSE) as opt:
+        with pytest.raises(ShapeError, match=r"^prepare_alloc: parameter 'late' was marked after CGraph.expand\(\)$"):
+            opt.prepare_alloc(graph, inputs, outputs)
+
+
+def test_a_factor_that_was_exchanged(linear):
+    """Static graphs have the factor that a node had when ggml copied them."""
+    ctx = Context(Context.size_for(16, 64))
+    graph = CGraph(ctx, 64)
+    slots = Slots(graph)
+    table = Tensor.from_numpy(linear.weights, np.eye(3, dtype="f"))
+    scaled = slots.add_scale(ops.scale(ctx, linear.outputs, 1.0))
+    out = graph.expand(ops.mul_mat(ctx, slots.add(table), scaled))
+    slots.seal()
+    opt = OptContext(linear.sched, linear.inputs, out, loss_type=MSE)
+    opt.epoch(OptDataset(X, Y))
+    slots.bind(TensorTable([table], [2.0]))
+    with pytest.raises(BackendError, match=r"^the parameters of .*SCALE.* have changed since the graphs were built$"):
+        opt.epoch(OptDataset(X, Y))
+
+
+def test_datapoints_are_counted_whatever_the_outputs_are(linear):
+    result = OptResult()
+    flat = ops.reshape(linear.ctx, linear.outputs, 12)
+    with OptContext(linear.sched, linear.inputs, flat, loss_type=MSE) as opt:
+        opt.epoch(OptDataset(X, Y), result)
+    assert result.ndata == len(X)
+
+
+def test_an_array_of_labels_keeps_training_open(linear):
+    opt = linear.opt()
+    labels = opt.labels.to_numpy()
+    with pytest.raises(BusyError, match=r"^OptContext cannot be closed: 1 array\(s\) still show its memory$"):
+        opt.close()
+    del labels
+    opt.epoch(OptDataset(X, Y))
+    opt.close()
+
+
+@pytest.mark.parametrize("beta", [1, 1 - 1e-9])
+def test_betas_by_which_steps_would_divide_by_0(beta):
+    for name in ("beta1", "beta2"):
+        with pytest.raises(ParameterError, match=f"^AdamW: {name} must be 0 to 0.99999994, not "):
+            AdamW(**{name: beta})
+    assert AdamW(alpha=np.float32(0.5)).alpha == 0.5
+
+
 def test_graphs_of_what_ggml_has_built(linear):
     opt = linear.opt()
     opt.epoch(OptDataset(X, Y))
@@ -673,11 +759,11 @@ def test_numbers_of_an_optimiser_are_those_that_were_checked(python):
         odd = object.__new__(Changing)
         spoilt = AdamW()
         object.__setattr__(spoilt, "beta1", 2.0)
-        for each in (odd, spoilt, AdamW(wd=Large(-1)), SGD(alpha=Large("nan"))):
-            for name in ("beta1", "beta2", "eps", "wd"):
-                if each is odd:
-                    object.__setattr__(each, name, 0.5)
+        for name in ("beta1", "beta2", "eps", "wd"):
+            object.__setattr__(odd, name, 0.5)
+        for make in (lambda: odd, lambda: spoilt, lambda: AdamW(wd=Large(-1)), lambda: SGD(alpha=Large("nan"))):
             try:
+                each = make()
                 opt = OptContext(sched, inputs, outputs, loss_type=OptLossType.MEAN, optimizer=each)
                 opt.epoch(OptDataset(np.ones((4, 5), "f")))
             except ParameterError as exc:
@@ -932,7 +1018,8 @@ def test_what_a_training_needs_is_gone(backend):
 
 
 def test_training_what_another_graph_computes_with(linear, backend):
-    opt, raised = linear.opt(), []
+    outputs = ops.mul_mat(linear.ctx, linear.w, linear.inputs)
+    opt, raised = OptContext(linear.sched, linear.inputs, outputs, loss_type=MSE), []
     ctx = Context(Context.size_for(64, 64))
     graph = CGraph(ctx, 64)
 
