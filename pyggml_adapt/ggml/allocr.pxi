@@ -46,11 +46,14 @@ cdef class GAllocr(Owner):
         keep_params(graph)
         self._served = True
         waiting = without_data(graph)
-        # with the GIL: nobody can close what the graph uses meanwhile; of no nodes ggml makes a set without memory
-        ok = not graph._members() or c.ggml_gallocr_alloc_graph(self._ptr, g)
+        # with the GIL: nobody can close what the graph uses meanwhile; of no nodes ggml makes a set without memory, and
+        # a graph of as many as the reserved one it would lay out as that
+        ok = not graph._members() or (not self._reserved or c.ggml_gallocr_reserve(self._ptr, g)) and (
+            c.ggml_gallocr_alloc_graph(self._ptr, g))
         if not ok:
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
         self._buffers = buffers_of(waiting)
+        record_order(self, graph, waiting)
         graph.ctx.depend_on(self)
 
     def reserve(self, CGraph graph not None):
@@ -68,6 +71,7 @@ cdef class GAllocr(Owner):
         check_foreign(graph)
         check_not_empty(graph)
         keep_params(graph)
+        self._reserved = True
         if graph._members() and not c.ggml_gallocr_reserve(self._ptr, g):
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")
 

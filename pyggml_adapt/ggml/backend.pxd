@@ -30,7 +30,7 @@ cdef class Buffer(Owner):
 @cython.final
 cdef class Backend(Owner):
     cdef c.ggml_backend_t _ptr
-    cdef int _flags[2]  # whether computations are to stop: as abort_flag says, and since a callback has failed
+    cdef int _flags[3]  # whether computations are to stop: as abort_flag says, since a callback has failed; if one did
     cdef bint _async
     cdef list _pending, _computed, _exports  # what transfers, and computations, that have not ended use
     cdef readonly Threadpool threadpool

@@ -4,7 +4,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from pyggml_adapt.ggml cimport libggml as c
 from pyggml_adapt.ggml.context cimport (
-    Context, Owner, Tensor, acquire, check_idle, check_same_layout, point_operands, reach, release, vacate,
+    Context, Owner, Tensor, acquire, check_idle, check_same_layout, name_bytes, point_operands, reach, release,
+    vacate,
 )
 from pyggml_adapt.ggml.threadpool cimport Threadpool
 
@@ -208,7 +209,11 @@ cdef class Buffer(Owner):
 
 
 cdef c.bool _aborted(void * flag) noexcept nogil:
-    return (<int *> flag)[0] != 0 or (<int *> flag)[1] != 0
+    cdef int * flags = <int *> flag
+    if flags[0] != 0 or flags[1] != 0:
+        flags[2] = 1
+        return True
+    return False
 
 
 ctypedef void (*pool_set_t)(c.ggml_backend_t, c.ggml_threadpool *) noexcept nogil

@@ -8,6 +8,8 @@ cdef class Owner:
     cdef object __weakref__
     cdef int _in_use, _computing, _n_exports
     cdef set _uses
+    cdef dict order  # of an allocator: {address: position} of the nodes of its graph
+    cdef set shared  # and the addresses of what it placed where other nodes may be too
     cdef bint _is_open(self) noexcept
     cdef void _release(self) noexcept
     cdef int check(self) except -1
@@ -38,6 +40,7 @@ cdef void take_out(c.ggml_tensor * stand_in) noexcept
 cdef c.ggml_tensor * original(c.ggml_tensor * t) noexcept
 cdef c.ggml_tensor * root_of(c.ggml_tensor * t) noexcept
 cdef bint is_view(c.ggml_tensor * t) noexcept
+cdef bytes name_bytes(str name)
 cdef void point_view(c.ggml_tensor * t) noexcept
 cdef void point_operands(c.ggml_tensor * node) noexcept
 cdef int count(list todo, set seen) except -1

@@ -40,7 +40,7 @@ cdef class Device:
         Wraps: ggml_backend_dev_by_name.
         """
         cdef Device device = Device.__new__(Device)
-        device._ptr = c.ggml_backend_dev_by_name(name.encode())
+        device._ptr = c.ggml_backend_dev_by_name(name_bytes(name))
         return None if device._ptr == NULL else device
 
     @staticmethod

@@ -19,6 +19,8 @@ cdef int check_writable(CGraph graph, list owners) except -1
 cdef int keep_params(CGraph graph) except -1
 cdef int point_views(CGraph graph) except -1
 cdef void fill_zeros(c.ggml_tensor * t) noexcept
+cdef int record_order(Owner allocator, CGraph graph, list placed) except -1
+cdef int check_order(CGraph graph, list owners) except -1
 cdef int split_norms(CGraph graph) except -1
 cdef list homes_of(CGraph graph)
 cdef list memory_of(CGraph graph)
@@ -88,5 +90,5 @@ cdef class CGraph:
 @cython.final
 cdef class GAllocr(Owner):
     cdef c.ggml_gallocr_t _ptr
-    cdef bint _served
+    cdef bint _served, _reserved
     cdef set _buffers

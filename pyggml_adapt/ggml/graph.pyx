@@ -8,8 +8,8 @@ from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    Context, Owner, Tensor, check_idle, count, is_view, occupy, point_operands, put_in, reach, root_of, take_out,
-    vacate,
+    Context, Owner, Tensor, check_idle, count, is_view, name_bytes, occupy, point_operands, put_in, reach, root_of,
+    take_out, vacate,
 )
 from pyggml_adapt.ggml.status cimport check
 
@@ -152,7 +152,7 @@ cdef class CGraph:
     def tensor(self, str name not None):
         """Return the node or leaf with this name, or None.  Wraps: ggml_graph_get_tensor."""
         reach([self.ctx])
-        cdef c.ggml_tensor * t = c.ggml_graph_get_tensor(self.ptr(), name.encode())
+        cdef c.ggml_tensor * t = c.ggml_graph_get_tensor(self.ptr(), name_bytes(name))
         return None if t == NULL else self._wrap(t)
 
     def clear(self):
@@ -317,6 +317,7 @@ cdef class CGraph:
         for i in range(c.ggml_graph_n_nodes(self._ptr)):
             self._check_node(backend, c.ggml_graph_node(self._ptr, i))
         check_writable(self, owners)
+        check_order(self, owners)
         split_norms(self)
         check_work(self, backend)
         self._indices = Indices(self)

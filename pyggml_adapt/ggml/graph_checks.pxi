@@ -175,6 +175,38 @@ cdef int check_apart(CGraph graph, c.ggml_tensor * leaf) except -1:
     return 0
 
 
+cdef int record_order(Owner allocator, CGraph graph, list placed) except -1:
+    """Remember what shares an allocator's memory, which is right for these nodes in this order."""
+    cdef size_t address
+    allocator.order = {address: i for i, address in enumerate(nodes_of(graph))}
+    allocator.shared = {address for address in placed
+                        if not (<c.ggml_tensor *> address).flags & c.GGML_TENSOR_FLAG_OUTPUT}
+    return 0
+
+
+cdef int check_order(CGraph graph, list owners) except -1:
+    """Check that memory that nodes share is used as it was when an allocator laid it out, perhaps for another graph."""
+    cdef c.ggml_tensor * t
+    cdef Owner owner
+    cdef int i, k, at, last
+    for owner in owners:
+        last = -1
+        for i in range(c.ggml_graph_n_nodes(graph._ptr) if owner.order is not None else 0):
+            at = owner.order.get(<size_t> c.ggml_graph_node(graph._ptr, i), last)
+            if at < last:
+                raise BackendError("the nodes of the graph are in another order than in the one that they were "
+                                   "allocated with, whose memory they share")
+            last = at
+        for i in range(c.ggml_graph_n_nodes(graph._ptr) if last >= 0 else 0):
+            t = c.ggml_graph_node(graph._ptr, i)
+            for k in range(c.GGML_MAX_SRC if <size_t> t not in owner.order else 0):
+                if t.src[k] != NULL and <size_t> root_of(t.src[k]) in owner.shared:
+                    raise BackendError(f"{graph._wrap(t)!r} reads {graph._wrap(root_of(t.src[k])).name!r}, whose "
+                                       f"memory is used again in the graph that it was allocated with: mark it with "
+                                       f"Tensor.set_output() before")
+    return 0
+
+
 cdef int split_norms(CGraph graph) except -1:
     """Let ggml not compute a norm together with a product that is written over what the norm reads."""
     cdef c.ggml_tensor * t
@@ -238,16 +270,16 @@ cdef list memory_of(CGraph graph):
 
 
 cdef list homes_of(CGraph graph):
-    """Return the other Contexts that own nodes of the graph."""
+    """Return the other Contexts that own what the graph computes."""
     cdef c.ggml_tensor * t
     cdef Context home = graph.ctx
     found = []
     for i in range(c.ggml_graph_n_nodes(graph._ptr) if graph.ctx.n_foreign else 0):
         t = c.ggml_graph_node(graph._ptr, i)
-        if not home.holds(t) and not graph.ctx.holds(t):
+        if not home.holds(t):
             home = graph.ctx.home(t)
-            if home not in found:
-                found.append(home)
+        if home is not graph.ctx and t.op != c.GGML_OP_NONE and home not in found:
+            found.append(home)
     return found
 
 

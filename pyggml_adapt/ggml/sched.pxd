@@ -1,6 +1,6 @@
 cimport cython
 
-from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.context cimport Owner
 from pyggml_adapt.ggml.graph cimport CGraph, Indices
@@ -20,6 +20,7 @@ cdef class Sched(Owner):
     cdef bint _served, _stopped, _waiting
     cdef int _n_nodes
     cdef int _check_supported(self, CGraph graph) except -1
+    cdef int forget_layout(self) except -1
     cdef int _place_leaves(self, CGraph graph) except -1
     cdef int _place_leaf(self, c.ggml_tensor * t, Backend last) except -1
     cdef int _check_split(self, CGraph graph, str doing) except -1

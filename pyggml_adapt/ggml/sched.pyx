@@ -4,15 +4,16 @@ cimport cython
 
 import weakref
 
-from pyggml_adapt.ggml cimport libggml as c
+from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend
 from pyggml_adapt.ggml.callback cimport arm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    Owner, Tensor, acquire, check_idle, count, is_view, occupy, point_operands, reach, release, vacate,
+    Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, point_operands, reach, release, vacate,
 )
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_not_empty, check_size, check_work,
-    check_writable, keep_params, nodes_of, point_views, raise_status, split_norms, without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_not_empty, check_order, check_size,
+    check_work, check_writable, keep_params, nodes_of, point_views, raise_status, record_order, split_norms,
+    without_data,
 )
 
 from pyggml_adapt.errors import AllocError, BackendError, BusyError, ComputeAborted, DTypeError, ShapeError
@@ -93,7 +94,9 @@ cdef class Sched(Owner):
         check_not_empty(graph)
         keep_params(graph)
         seen = set(self._assigned)
-        count(nodes_of(graph), seen)
+        count(graph._members(), seen)
+        for i in range(c.ggml_graph_n_nodes(graph._ptr) if graph._n_backward else 0):
+            seen.add(<size_t> c.ggml_graph_get_grad_acc(graph._ptr, c.ggml_graph_node(graph._ptr, i)))
         if len(seen) > self.graph_size:
             raise AllocError(f"a graph of {len(seen)} nodes and leaves for a scheduler of {self.graph_size}")
         point_views(graph)
@@ -139,7 +142,7 @@ cdef class Sched(Owner):
         cdef int i
         for i in range(c.ggml_graph_n_nodes(graph._ptr)):
             t = c.ggml_graph_node(graph._ptr, i)
-            if len(self.backends) > 1 and not graph.ctx.holds(t):
+            if len(self.backends) > 1 and t.op != c.GGML_OP_NONE and not graph.ctx.holds(t):
                 raise BackendError(f"{graph._wrap(t)!r} is computed in another Context, which only one backend can do")
             root = t if t.view_src == NULL else t.view_src
             for backend in self.backends:
@@ -176,6 +179,7 @@ cdef class Sched(Owner):
         if not ok:
             raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
         self._buffers = buffers_of(waiting)
+        record_order(self, graph, waiting)
         graph._sched, graph._supported_by = self, None
         self._n_nodes = graph.n_nodes
 
@@ -192,6 +196,7 @@ cdef class Sched(Owner):
         graph.ctx.depend_on(self)
         self._place_leaves(graph)
         ok = c.ggml_backend_sched_reserve(self._ptr, g)
+        self.forget_layout()
         self._forget()
         if not ok:
             raise AllocError(f"no memory for a graph of {graph.n_nodes} nodes: {last_log()}")
@@ -201,7 +206,7 @@ cdef class Sched(Owner):
 
         What tensors were assigned to is forgotten too.
         Raises: BackendError if the graph's Context is open: its tensors' data would be the next graph's; BusyError
-        while an array shows some of it, or a computation runs.
+        while an array shows some of it, or a computation runs; ClosedError if one of its backends was closed.
         Wraps: ggml_backend_sched_reset.
         """
         self.check()
@@ -210,10 +215,22 @@ cdef class Sched(Owner):
             raise BackendError("reset: close the Context of the scheduler's graph first")
         if self._n_exports:
             raise BusyError(f"Sched cannot be reset: {self._n_exports} array(s) still show its memory")
-        c.ggml_backend_sched_reset(self._ptr)
+        self.forget_layout()
         self._served = False
+        self.order = self.shared = None
         self._buffers = self._indices = self._members = None
         self._forget()
+
+    cdef int forget_layout(self) except -1:
+        """Reset ggml's scheduler, and let it lay out the next graph anew, not as one that had as many nodes before."""
+        cdef Context ctx = Context(Context.size_for(1, 1))
+        cdef CGraph graph = CGraph(ctx, 1)
+        reach([self])  # its backends
+        c.ggml_build_forward_expand(graph._ptr, c.ggml_arange(ctx.room(1), 0, 1, 1))
+        c.ggml_backend_sched_reset(self._ptr)
+        if not c.ggml_backend_sched_reserve(self._ptr, graph._ptr):
+            raise AllocError(f"no memory for a graph of one number: {last_log()}")
+        return 0
 
     def _forget(self):
         self._assigned.clear()
@@ -315,6 +332,7 @@ cdef class Sched(Owner):
             if not graph.was_checked(self, owners):
                 point_views(graph)
                 check_writable(graph, owners)
+                check_order(graph, owners)
                 split_norms(graph)
                 for backend in self.backends:
                     check_work(graph, backend)

@@ -96,7 +96,7 @@ cdef int copy_2d(Tensor tensor, data, size_t offset, size_t size, size_t n, size
 
 
 cdef bytes name_bytes(str name):
-    """Return a tensor's name as ggml has it: UTF-8, which ends at a NUL."""
+    """Return a name as ggml has it: UTF-8, which ends at a NUL."""
     try:
         encoded = name.encode()
     except UnicodeEncodeError as exc:

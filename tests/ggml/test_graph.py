@@ -345,6 +345,70 @@ def test_a_norm_that_is_allocated_elsewhere(g, backend):
     assert buffer.nbytes
 
 
+def alike(ctx, which):
+    """Return (input, output) of one of two graphs of four nodes of one size."""
+    x = ctx.new_tensor(Type.F32, (4,)).set_input()
+    first = ops.sqr(ctx, x)
+    last = ops.scale(ctx, ops.scale(ctx, first, 2.0), 2.0)
+    return x, ops.add(ctx, last, last if which == "a" else first).set_output()
+
+
+@pytest.mark.parametrize("allocator", ["GAllocr.reserve", "Sched.reserve", "Sched.reset"])
+def test_a_graph_that_looks_like_the_one_before(backend, allocator):
+    """ggml compares numbers and sizes, not which node reads which."""
+    sched, allocr = Sched([backend]), GAllocr(Device.cpu().buffer_type)
+    with Context(Context.size_for(16, 16)) as before:
+        graph = CGraph(before, 16)
+        graph.expand(alike(before, "a")[1])
+        {"GAllocr.reserve": allocr.reserve, "Sched.reserve": sched.reserve, "Sched.reset": sched.alloc_graph}[
+            allocator
+        ](graph)
+    if allocator == "Sched.reset":
+        sched.reset()
+    ctx = Context(Context.size_for(16, 16))
+    graph = CGraph(ctx, 16)
+    x, out = alike(ctx, "b")
+    graph.expand(out)
+    (allocr if allocator == "GAllocr.reserve" else sched).alloc_graph(graph)
+    x.set_data(X[1])
+    graph.compute(backend)
+    assert out.to_numpy().tolist() == (5 * X[1] ** 2).tolist()
+
+
+@pytest.mark.parametrize("with_sched", [False, True])
+def test_nodes_in_memory_that_they_share(g, backend, with_sched):
+    """Another graph can compute them in the same order, and read what was an output; else they are overwritten."""
+    x, out = alike(g.ctx, "b")
+    g.graph.expand(out)
+    (Sched([backend]) if with_sched else g.allocr).alloc_graph(g.graph)
+    for operand in (out, g.graph.node(0)):
+        graph, allocr = CGraph(g.ctx, 64), GAllocr(Device.cpu().buffer_type)
+        more = graph.expand(ops.add(g.ctx, out, operand).set_output())
+        allocr.alloc_graph(graph)
+        x.set_data(X[0])
+        if operand is out:
+            graph.compute(backend)
+            assert more.to_numpy().tolist() == (10 * X[0] ** 2).tolist()
+            continue
+        with pytest.raises(BackendError, match=r"ADD.* reads 'node_0', whose memory is used again in the graph"):
+            graph.compute(backend)
+    graph = CGraph(g.ctx, 64)
+    for i in (1, 0):  # the second needs the first: only nodes that need each other not can be turned round
+        graph.expand(g.graph.node(i))
+    graph.compute(backend)
+
+
+def test_nodes_that_share_memory_in_another_order(g, backend):
+    x = g.leaf(4)
+    one, two = (ops.scale(g.ctx, ops.sqr(g.ctx, x), factor) for factor in (2.0, 3.0))
+    g.alloc(ops.concat(g.ctx, one, two, 0))
+    graph = CGraph(g.ctx, 64)
+    for each in (two, one):
+        graph.expand(each)
+    with pytest.raises(BackendError, match=r"^the nodes of the graph are in another order than in the one that they w"):
+        graph.compute(backend)
+
+
 def test_nothing_to_allocate(g, backend):
     """ggml has no memory for a set of no tensors, and would clear it: UBSan sees that."""
     g.allocr.reserve(g.graph)

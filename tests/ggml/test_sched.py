@@ -221,6 +221,23 @@ def test_compute_async(sched, backend):
     sched.close()
 
 
+def test_leaves_and_losses_that_no_node_reads(backend):
+    """They count, as ggml keeps a place for each."""
+    ctx = Context(Context.size_for(1000, 1000))
+    graph = CGraph(ctx, 500)
+    leaves = [graph.expand(Tensor.from_numpy(ctx, np.array(X))) for _ in range(200)]
+    graph.expand(ops.sqr(ctx, leaves[0]))
+    with pytest.raises(AllocError, match=r"^a graph of 201 nodes and leaves for a scheduler of 100$"):
+        Sched([backend], 100).alloc_graph(graph)
+    graph = CGraph(Context(4 * Context.size_for(2000, 2000)), 2000, grads=True)
+    w, constant = (Tensor.from_numpy(graph.ctx, np.array(X)) for _ in range(2))
+    for each in (w.set_param(), *[constant] * 100):
+        graph.expand(ops.sum(graph.ctx, each).set_loss())
+    graph.build_backward()
+    with pytest.raises(AllocError, match=r"nodes and leaves for a scheduler of 110$"):
+        Sched([backend], 110).alloc_graph(graph)
+
+
 def test_a_graph_without_nodes(sched):
     for use in (sched.reserve, sched.alloc_graph):
         with pytest.raises(ShapeError, match=r"the graph has no nodes$"):
