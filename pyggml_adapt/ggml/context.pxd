@@ -30,6 +30,8 @@ cdef enum:
 
 
 cdef list reach(list owners)
+cdef void uses_changed() noexcept
+cdef int check_open(Context ctx) except -1
 cdef int check_idle(Owner owner) except -1
 cdef list acquire(list owners)
 cdef void release(list owners) noexcept
@@ -54,6 +56,7 @@ cdef class Context(Owner):
     cdef void * _mem
     cdef readonly size_t mem_size
     cdef size_t n_tensors, n_foreign
+    cdef size_t _reached  # n_changes when all that it depends on was found open
     cdef size_t last_bind  # the number, of all that there were, of the last binding of Slots of its graphs
     cdef int n_lent  # computations that have exchanged operands of its nodes for the moment
     cdef set slots  # the addresses of those that are Slots'

@@ -39,8 +39,9 @@ cdef class Owner:
 
     cdef int depend_on(self, Owner other) except -1:
         """Keep `other` alive as long as self, and in use while self is computed with."""
-        if other is not self:
+        if other is not self and other not in self._uses:
             self._uses.add(other)
+            uses_changed()
         return 0
 
     cdef bint owns(self, c.ggml_backend_buffer * buffer) noexcept:
@@ -65,6 +66,7 @@ cdef class Owner:
             raise BusyError(f"{type(self).__name__} cannot be closed: {self._n_exports} array(s) still show its memory")
         self._release()
         self._uses.clear()
+        uses_changed()
 
     def __enter__(self):
         self.check()
@@ -98,6 +100,23 @@ cdef list reach(list owners):
                 found.append(other)
         i += 1
     return found
+
+
+cdef size_t n_changes = 1  # how often an owner was closed, or came to depend on others
+
+
+cdef void uses_changed() noexcept:
+    """Let check_open() look again."""
+    global n_changes
+    n_changes += 1
+
+
+cdef int check_open(Context ctx) except -1:
+    """Check that a Context, and every owner that it depends on, is open: what reach() finds holds until a change."""
+    if ctx._reached != n_changes:
+        reach([ctx])
+        ctx._reached = n_changes
+    return 0
 
 
 cdef list acquire(list owners):

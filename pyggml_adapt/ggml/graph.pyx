@@ -8,8 +8,8 @@ from pyggml_adapt.ggml cimport libops as c
 from pyggml_adapt.ggml.backend cimport Backend, BufferType
 from pyggml_adapt.ggml.callback cimport arm, disarm, find_callbacks
 from pyggml_adapt.ggml.context cimport (
-    Context, Owner, Tensor, check_idle, count, is_view, name_bytes, occupy, point_operands, put_in, reach, root_of,
-    take_out, vacate,
+    Context, Owner, Tensor, check_idle, check_open, count, is_view, name_bytes, occupy, point_operands, put_in, reach,
+    root_of, take_out, vacate,
 )
 from pyggml_adapt.ggml.status cimport check
 
@@ -38,10 +38,7 @@ cdef int raise_status(CGraph graph, c.ggml_status status, str doing) except -1:
     return check(status, doing)
 
 
-cdef int check_room(Context ctx, int size, bint grads) except -1:
-    if c.ggml_used_mem(ctx.ptr()) + c.ggml_graph_overhead_custom(size, grads) > ctx.mem_size:
-        raise AllocError(f"Context of {ctx.mem_size} bytes has no room for a graph of {size} nodes")
-    return 0
+cdef int n_lending = 0  # computations that have exchanged operands for the moment
 
 
 cdef class CGraph:
@@ -99,7 +96,8 @@ cdef class CGraph:
     cdef int _check_still(self) except -1:
         """Check that no computation has exchanged operands of tensors that the graph could reach, for the moment."""
         check_idle(self.ctx)
-        for owner in reach([self.ctx]):
+        check_open(self.ctx)
+        for owner in reach([self.ctx]) if n_lending else ():
             if isinstance(owner, Context) and (<Context> owner).n_lent:
                 check_idle(<Owner> owner)
         return 0
@@ -372,6 +370,8 @@ cdef class CGraph:
 
     cdef int lend(self, Indices indices) except -1:
         """Let the nodes compute with the indices as they were read, until restore()."""
+        global n_lending
+        n_lending += 1
         self.ctx.n_lent += 1
         for owner in self._homes:
             (<Context> owner).n_lent += 1
@@ -379,6 +379,8 @@ cdef class CGraph:
         return 0
 
     cdef int restore(self, Indices indices) except -1:
+        global n_lending
+        n_lending -= 1
         indices.restore()
         for owner in self._homes:
             (<Context> owner).n_lent -= 1

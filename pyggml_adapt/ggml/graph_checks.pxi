@@ -19,6 +19,12 @@ cdef int check_size(int size) except -1:
     return 0
 
 
+cdef int check_room(Context ctx, int size, bint grads) except -1:
+    if c.ggml_used_mem(ctx.ptr()) + c.ggml_graph_overhead_custom(size, grads) > ctx.mem_size:
+        raise AllocError(f"Context of {ctx.mem_size} bytes has no room for a graph of {size} nodes")
+    return 0
+
+
 cdef object nodes_of(CGraph graph):
     """Return the addresses of the graph's nodes."""
     return [<size_t> c.ggml_graph_node(graph._ptr, i) for i in range(c.ggml_graph_n_nodes(graph._ptr))]

@@ -3,7 +3,7 @@
 from libc.stdlib cimport calloc, free, malloc
 
 from pyggml_adapt.ggml cimport libggml as c
-from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, point_view, reach, root_of
+from pyggml_adapt.ggml.context cimport Context, Owner, Tensor, check_idle, point_view, reach, root_of, uses_changed
 from pyggml_adapt.ggml.graph cimport CGraph, homes_of, memory_of, written_roots
 
 from pyggml_adapt.errors import BackendError, DTypeError, ShapeError
@@ -166,6 +166,7 @@ cdef class Slots:
                 self.n_views += 1
         self._tensors = [leaf for leaf, _ in self._tensors]
         self._binding._uses = self.table._owners
+        uses_changed()
 
     def bind(self, TensorTable table not None):
         """Point the slots at the tensors of `table`, if they do not point there already.
@@ -200,6 +201,7 @@ cdef class Slots:
             point_view(self._views[i])
         self.table = table
         self._binding._uses = table._owners
+        uses_changed()
         if self._written:
             self.graph._written_in = None
         self._announce()

@@ -18,13 +18,13 @@ cdef class Tensor:
         if self.ctx is None or self.ctx._ptr == NULL:  # None: made by Tensor.__new__
             raise ClosedError("the Context of this Tensor is closed")
         if self._ptr.view_src != NULL and not self.ctx.holds(self._ptr.view_src):
-            reach([self.ctx])  # ggml looks at what is viewed
+            check_open(self.ctx)  # ggml looks at what is viewed
         return self._ptr
 
     cdef c.ggml_tensor * with_data(self) except NULL:
         """Return the pointer if the tensor has data in an open buffer."""
         cdef c.ggml_tensor * t = self.ptr()
-        reach([self.ctx])
+        check_open(self.ctx)
         self.buffer()
         return t
 
