@@ -39,11 +39,7 @@ cdef class GAllocr(Owner):
         self.check()
         if self._served:
             raise BackendError("alloc_graph: this allocator serves a graph already")
-        graph.check_nodes_idle()
-        reach([graph.ctx])
-        check_foreign(graph)
-        check_not_empty(graph)
-        keep_params(graph)
+        prepare(graph)
         self._served = True
         waiting = without_data(graph)
         # with the GIL: nobody can close what the graph uses meanwhile; of no nodes ggml makes a set without memory, and
@@ -66,11 +62,7 @@ cdef class GAllocr(Owner):
         self.check()
         if self._served:
             raise BackendError("reserve: this allocator serves a graph already")
-        graph.check_nodes_idle()
-        reach([graph.ctx])
-        check_foreign(graph)
-        check_not_empty(graph)
-        keep_params(graph)
+        prepare(graph)
         self._reserved = True
         if graph._members() and not c.ggml_gallocr_reserve(self._ptr, g):
             raise AllocError(f"no memory for the compute buffer of a graph of {graph.n_nodes} nodes: {last_log()}")

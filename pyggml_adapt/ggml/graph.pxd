@@ -9,14 +9,13 @@ from pyggml_adapt.ggml.context cimport Context, Owner, Tensor
 cdef int check_backend_idle(Backend backend) except -1
 cdef int check_size(int size) except -1
 cdef object nodes_of(CGraph graph)
-cdef int check_not_empty(CGraph graph) except -1
 cdef list without_data(CGraph graph)
 cdef set buffers_of(list addresses)
 cdef int check_foreign(CGraph graph) except -1
 cdef set written_roots(CGraph graph)
 cdef int check_work(CGraph graph, Backend backend) except -1
 cdef int check_writable(CGraph graph, list owners) except -1
-cdef int keep_params(CGraph graph) except -1
+cdef int prepare(CGraph graph) except -1
 cdef int point_views(CGraph graph) except -1
 cdef void fill_zeros(c.ggml_tensor * t) noexcept
 cdef int record_order(Owner allocator, CGraph graph, list placed) except -1

@@ -234,6 +234,15 @@ cdef bint is_written_over(c.ggml_tensor * t, c.ggml_tensor * product) noexcept:
                  or t.nb[3] != product.nb[3]))
 
 
+cdef int prepare(CGraph graph) except -1:
+    """Check that an allocator can place what a graph has no memory for, and mark what has to stay there."""
+    graph.check_nodes_idle()
+    reach([graph.ctx])
+    check_foreign(graph)
+    check_not_empty(graph)
+    return keep_params(graph)
+
+
 cdef int keep_params(CGraph graph) except -1:
     """Let parameters that are allocated with the graph be there from the first node on, and until the next time."""
     cdef size_t address

@@ -331,10 +331,10 @@ cdef class OptContext:
             c.ggml_opt_reset(ptr, False)  # ggml forgets to after batches without backward
         if not self.static_graphs and self._signature is None:
             self._signature = signature_of(self._nodes)
-        if not self.static_graphs:
-            self.sched.forget_layout()
         if self.static_graphs:  # which ggml copies: with the GIL, so that nobody sees what leaves show meanwhile
             self._plan.indices.show_copies()
+        else:
+            self.sched.forget_layout()
         c.ggml_opt_alloc(ptr, backward)
         if self.static_graphs:
             self._plan.indices.show_leaves()

@@ -11,9 +11,8 @@ from pyggml_adapt.ggml.context cimport (
     Context, Owner, Tensor, acquire, check_idle, count, is_view, occupy, point_operands, reach, release, vacate,
 )
 from pyggml_adapt.ggml.graph cimport (
-    CGraph, Indices, buffers_of, check_backend_idle, check_foreign, check_not_empty, check_order, check_size,
-    check_work, check_writable, keep_params, nodes_of, point_views, raise_status, record_order, split_norms,
-    without_data,
+    CGraph, Indices, buffers_of, check_backend_idle, check_order, check_size, check_work, check_writable, nodes_of,
+    point_views, prepare, raise_status, record_order, split_norms, without_data,
 )
 
 from pyggml_adapt.errors import AllocError, BackendError, BusyError, ComputeAborted, DTypeError, ShapeError
@@ -87,12 +86,9 @@ cdef class Sched(Owner):
         self._check_left(graph, doing)
         if not graph._members():  # of which ggml makes a set without memory
             raise ShapeError(f"{doing}: the graph has no nodes")
-        graph.check_nodes_idle()
         check_idle(self)
-        reach([graph.ctx, self])
-        check_foreign(graph)
-        check_not_empty(graph)
-        keep_params(graph)
+        reach([self])
+        prepare(graph)
         seen = set(self._assigned)
         count(graph._members(), seen)
         for i in range(c.ggml_graph_n_nodes(graph._ptr) if graph._n_backward else 0):
