@@ -14,7 +14,7 @@ from sampling import LlamaChain
 from speed import Timed, compute_call_us, seconds
 from text import make_chat
 
-from pyggml_adapt.runtime.sampling import SamplerParams
+from pyggml_adapt.engine.sampling import SamplerParams
 from pyggml_adapt.text.chat import CHATML, Renderer
 
 N_CTX = 2048

@@ -17,7 +17,7 @@ from speed import seconds
 from text import make_text
 from tokenizing import Llama, Ours
 
-from pyggml_adapt.runtime.logprobs import Scorer
+from pyggml_adapt.engine.logprobs import Scorer
 from pyggml_adapt.text.constraint import Constraint
 
 SCHEMA = json.dumps(

@@ -12,7 +12,7 @@ from engines import Llama, llama_cpp
 from speed import seconds
 
 import pyggml_adapt as pga
-from pyggml_adapt.runtime.sampling import Sampler, SamplerParams, find_breakers
+from pyggml_adapt.engine.sampling import Sampler, SamplerParams, find_breakers
 
 N_RECENT = 512  # tokens before the first that is chosen
 N_EVICTED = 1 << 26  # bytes that are written to empty the caches

@@ -1,12 +1,12 @@
 """Many fine-tuned models from one shared foundation, over ggml."""
 
 from pyggml_adapt import errors, ggml
+from pyggml_adapt.engine.sampling import SamplerParams
 from pyggml_adapt.errors import AdaptorError, Error
+from pyggml_adapt.evals.perplexity import Perplexity, perplexity
+from pyggml_adapt.host.host import Host, Swap
+from pyggml_adapt.host.session import Session
 from pyggml_adapt.info import build_info
-from pyggml_adapt.runtime.host import Host, Swap
-from pyggml_adapt.runtime.perplexity import Perplexity, perplexity
-from pyggml_adapt.runtime.sampling import SamplerParams
-from pyggml_adapt.runtime.session import Session
 from pyggml_adapt.tools import bake, inspect, link, merge, split, verify
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from reference import lib
 
-from pyggml_adapt.runtime.sampling import SamplerParams
+from pyggml_adapt.engine.sampling import SamplerParams
 
 _ENTRY = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 

@@ -14,7 +14,7 @@ from pyggml_adapt.cli.options import add_host_options, open_host
 from pyggml_adapt.errors import ParameterError
 
 if TYPE_CHECKING:
-    from pyggml_adapt.runtime.host import Host
+    from pyggml_adapt.host.host import Host
 
 MIB = 2**20
 

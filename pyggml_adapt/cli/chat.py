@@ -12,8 +12,8 @@ from pyggml_adapt.cli.options import add_host_options, add_sampling_options, ope
 from pyggml_adapt.errors import Error, FileAccessError, ParameterError
 
 if TYPE_CHECKING:
-    from pyggml_adapt.runtime.host import Host
-    from pyggml_adapt.runtime.text import TextSession
+    from pyggml_adapt.host.host import Host
+    from pyggml_adapt.host.text import TextSession
 
 HELP = """\
 /task NAME    go on with another task; it reads the conversation so far

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyggml_adapt.errors import FileAccessError, ParameterError
 
 if TYPE_CHECKING:
-    from pyggml_adapt.runtime.host import Host
+    from pyggml_adapt.host.host import Host
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +149,7 @@ def named_paths(values: Sequence[str], flag: str = "", form: str = "NAME=PATH") 
 
 def open_host(args: argparse.Namespace) -> Host:
     """Return the Host that the options describe, with the tasks that they define."""
-    from pyggml_adapt.runtime.host import Host
+    from pyggml_adapt.host.host import Host
 
     host = Host(
         args.model,

@@ -15,8 +15,8 @@ from pyggml_adapt.cli.options import add_host_options, open_host
 from pyggml_adapt.cli.run import read_text
 
 if TYPE_CHECKING:
-    from pyggml_adapt.runtime.host import Host
-    from pyggml_adapt.runtime.perplexity import Perplexity
+    from pyggml_adapt.evals.perplexity import Perplexity
+    from pyggml_adapt.host.host import Host
 
 
 def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, host: Host, task: str, text: str) -> Perplexity:
-    from pyggml_adapt.runtime.perplexity import perplexity
+    from pyggml_adapt.evals.perplexity import perplexity
 
     def show(done: int, total: int, value: float) -> None:
         print(f"\r{task}: {done} of {total} pieces, perplexity {value:.4f}", end="", file=sys.stderr, flush=True)

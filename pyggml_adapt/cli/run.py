@@ -23,7 +23,7 @@ from pyggml_adapt.cli.options import (
 from pyggml_adapt.errors import FileAccessError, ParameterError
 
 if TYPE_CHECKING:
-    from pyggml_adapt.runtime.memory import Memory
+    from pyggml_adapt.host.memory import Memory
 
 
 def add_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:

@@ -92,7 +92,7 @@ def _logits(models: dict[str, str], report: SplitReport, text: str | None) -> li
     from dataclasses import asdict
 
     from pyggml_adapt.errors import Error
-    from pyggml_adapt.runtime.compare import logits_error, sample_ids
+    from pyggml_adapt.evals.compare import logits_error, sample_ids
 
     found = []
     for task, path in report.adaptors.items():

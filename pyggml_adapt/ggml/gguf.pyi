@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol, SupportsIndex, final
 from numpy.typing import NDArray
 
 from pyggml_adapt.errors import StrPath
-from pyggml_adapt.ggml.atomic import AtomicFile as AtomicFile
+from pyggml_adapt.files import AtomicFile as AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf_values import TensorInfo as TensorInfo
 

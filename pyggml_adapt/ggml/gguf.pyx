@@ -26,7 +26,7 @@ import numpy as np
 from pyggml_adapt.errors import (
     AllocError, ClosedError, FileAccessError, FileFormatError, ParameterError,
 )
-from pyggml_adapt.ggml.atomic import AtomicFile
+from pyggml_adapt.files import AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf_values import DTYPES as _DTYPES
 from pyggml_adapt.ggml.gguf_values import Metadata, TensorInfo, array_of, buffers, numbers, shown, strings, text

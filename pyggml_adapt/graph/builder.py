@@ -17,7 +17,7 @@ from pyggml_adapt.graph.inputs import Inputs
 from pyggml_adapt.graph.weights import LayerWeights, Weights
 
 if TYPE_CHECKING:
-    from pyggml_adapt.models.hparams import HParams
+    from pyggml_adapt.graph.hparams import HParams
 
 EMBEDDING = "token_embd.weight"
 SWIGLU_OAI = 1.702, 7.0  # the factor in its sigmoid, and the limit of what it is given

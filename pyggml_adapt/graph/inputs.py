@@ -14,7 +14,7 @@ import numpy as np
 from pyggml_adapt.ggml import Context, Tensor, Type
 
 if TYPE_CHECKING:
-    from pyggml_adapt.models.hparams import HParams
+    from pyggml_adapt.graph.hparams import HParams
 
 _I32, _I64 = struct.Struct("=i").pack, struct.Struct("=q").pack
 _FIRST = _I32(0)

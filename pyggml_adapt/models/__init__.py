@@ -3,8 +3,8 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from pyggml_adapt.graph.hparams import HParams
 from pyggml_adapt.models.base import Model, TensorSpec, architectures, model_class, model_of
-from pyggml_adapt.models.hparams import HParams
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

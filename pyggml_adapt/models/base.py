@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import RopeType, Tensor, Type
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import HParams, Keys, layered, readers
 from pyggml_adapt.graph.weights import LayerWeights, Weights
-from pyggml_adapt.models.hparams import HParams, Keys, layered, readers
 
 _FLOATS = (Type.F32, Type.F16, Type.BF16)
 _LAYER = re.compile(r"blk\.(\d+)\.")

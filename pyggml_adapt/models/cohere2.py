@@ -10,11 +10,11 @@ from typing import Any
 
 from pyggml_adapt.ggml import Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys, read_swa
 from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.command_r import CommandR
-from pyggml_adapt.models.hparams import Keys, read_swa
 
 
 @register("cohere2")

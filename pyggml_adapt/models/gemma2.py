@@ -12,11 +12,11 @@ import numpy as np
 
 from pyggml_adapt.ggml import Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys, read_swa
 from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
 from pyggml_adapt.models.gemma import Gemma
-from pyggml_adapt.models.hparams import Keys, read_swa
 
 
 @register("gemma2")

@@ -10,10 +10,10 @@ from typing import Any
 
 from pyggml_adapt.ggml import Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys
 from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
-from pyggml_adapt.models.hparams import Keys
 
 
 @register("glm4")

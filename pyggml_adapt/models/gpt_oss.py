@@ -10,10 +10,10 @@ from typing import Any
 
 from pyggml_adapt.ggml import RopeType, Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys, read_swa
 from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import Model, TensorSpec, register
-from pyggml_adapt.models.hparams import Keys, read_swa
 from pyggml_adapt.models.tables import REQUIRED
 
 

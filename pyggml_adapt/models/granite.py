@@ -12,10 +12,10 @@ import numpy as np
 
 from pyggml_adapt.ggml import Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys
 from pyggml_adapt.graph.weights import LayerWeights, Weights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
-from pyggml_adapt.models.hparams import Keys
 from pyggml_adapt.models.llama import Llama
 
 LEAST_LOGIT_SCALE = 1e-30  # logits are divided by it

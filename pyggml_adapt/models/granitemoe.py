@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyggml_adapt.graph.hparams import Keys
 from pyggml_adapt.models.base import register
 from pyggml_adapt.models.granite import Granite
-from pyggml_adapt.models.hparams import Keys
 
 
 @register("granitemoe")

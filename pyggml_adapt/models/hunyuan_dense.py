@@ -13,10 +13,10 @@ import numpy as np
 from pyggml_adapt.errors import ModelError
 from pyggml_adapt.ggml import RopeType, Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys
 from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
-from pyggml_adapt.models.hparams import Keys
 from pyggml_adapt.models.llama import Llama
 
 MAX_ALPHA = 1e6  # its power times the base stays finite

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from pyggml_adapt.graph.hparams import Keys
 from pyggml_adapt.models.base import register
 from pyggml_adapt.models.granite import LEAST_LOGIT_SCALE, Granite
-from pyggml_adapt.models.hparams import Keys
 
 
 @register("minicpm")

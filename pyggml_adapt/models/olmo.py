@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pyggml_adapt.graph.hparams import Keys
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
-from pyggml_adapt.models.hparams import Keys
 from pyggml_adapt.models.llama import Llama
 
 

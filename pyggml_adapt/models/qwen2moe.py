@@ -10,10 +10,10 @@ from typing import Any
 
 from pyggml_adapt.ggml import RopeType, Tensor
 from pyggml_adapt.graph.builder import GraphBuilder
+from pyggml_adapt.graph.hparams import Keys, read_n_ff_exp
 from pyggml_adapt.graph.weights import LayerWeights
 from pyggml_adapt.models import tables
 from pyggml_adapt.models.base import TensorSpec, register
-from pyggml_adapt.models.hparams import Keys, read_n_ff_exp
 from pyggml_adapt.models.llama import Llama
 
 

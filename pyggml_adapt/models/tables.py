@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pyggml_adapt.graph.hparams import HParams
 from pyggml_adapt.models.base import TensorSpec
-from pyggml_adapt.models.hparams import HParams
 
 OPTIONAL, REQUIRED = False, True
 FUSED = "attn_qkv.weight"

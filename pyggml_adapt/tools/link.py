@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pyggml_adapt.errors import FileAccessError, ParameterError, StrPath
-from pyggml_adapt.ggml.atomic import refuse_overwrite
+from pyggml_adapt.files import refuse_overwrite
 from pyggml_adapt.ggml.gguf import GGUFReader
 from pyggml_adapt.tools.verify import LORA
 from pyggml_adapt.weights.identity import LOW_RANK, OVERLAY, check_pair, layout_of

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pyggml_adapt.errors import FileAccessError, FileFormatError, ParameterError, StrPath
-from pyggml_adapt.ggml.atomic import AtomicFile
+from pyggml_adapt.files import AtomicFile
 from pyggml_adapt.ggml.gguf import GGUFReader
 from pyggml_adapt.tools.layout import Original, original
 from pyggml_adapt.tools.source import Progress, ticker

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from pyggml_adapt.errors import FileAccessError, ParameterError, SourceMismatchError, StrPath
-from pyggml_adapt.ggml.atomic import AtomicFile, commit_all, refuse_overwrite
+from pyggml_adapt.files import AtomicFile, commit_all, refuse_overwrite
 from pyggml_adapt.ggml.gguf import HEADER_NBYTES_MAX, GGUFReader, GGUFWriter
 from pyggml_adapt.tools.layout import adaptor_writer, foundation_writer, low_rank_writer
 from pyggml_adapt.tools.lowrank import Extraction, SizeReport, Wanted, check_same_model, estimate

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from pyggml_adapt.cli import options
+from pyggml_adapt.engine.sampling import SamplerParams
 from pyggml_adapt.errors import FileAccessError, ParameterError
-from pyggml_adapt.runtime.sampling import SamplerParams
 
 
 def parsed(*flags):

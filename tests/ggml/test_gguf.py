@@ -20,8 +20,8 @@ from pyggml_adapt.errors import (
     OverwriteError,
     ParameterError,
 )
+from pyggml_adapt.files import AtomicFile
 from pyggml_adapt.ggml import Context, Tensor
-from pyggml_adapt.ggml.atomic import AtomicFile
 from pyggml_adapt.ggml.enums import Type
 from pyggml_adapt.ggml.gguf import GGUFReader, GGUFWriter, TensorInfo
 

@@ -8,12 +8,12 @@ from reference import Reference, lib
 from tiny_models import random_ids
 
 import pyggml_adapt as pga
+from pyggml_adapt.engine import runner
 from pyggml_adapt.ggml import Context, Slots, Type
 from pyggml_adapt.ggml.backend import Buffer, Device
 from pyggml_adapt.ggml.graph import CGraph
 from pyggml_adapt.graph.weights import Weights
 from pyggml_adapt.models import architectures
-from pyggml_adapt.runtime import engine
 
 VARIANTS = {
     "dense": {"optional": r"^output\.weight|\.bias"},
@@ -46,12 +46,12 @@ def reference_names(path, flash_attn):
 def our_names(path, flash_attn, monkeypatch):
     programs = []
 
-    class Kept(engine.Program):
+    class Kept(runner.Program):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             programs.append(self)
 
-    monkeypatch.setattr(engine, "Program", Kept)
+    monkeypatch.setattr(runner, "Program", Kept)
     with pga.Host(path, n_threads=1, flash_attn=flash_attn) as host, host.session(n_ctx=512) as session:
         session.eval(random_ids(3))
         graph = programs[0].graph

@@ -7,8 +7,8 @@ import pytest
 
 from pyggml_adapt.ggml import Context, Type
 from pyggml_adapt.ggml.backend import Buffer, Device
+from pyggml_adapt.graph.hparams import Window
 from pyggml_adapt.graph.inputs import Inputs, hadamard, hadamard_sizes
-from pyggml_adapt.models.hparams import Window
 
 
 class Batch:

@@ -10,8 +10,8 @@ from reference import Reference
 from tiny_models import LINEAR, NEMOTRON, NO_ATTENTION, NOTHING, Tiny, layer_sizes, random_ids
 
 import pyggml_adapt as pga
+from pyggml_adapt.engine.kv_cache import KVCache
 from pyggml_adapt.models import HParams
-from pyggml_adapt.runtime.kv_cache import KVCache
 
 FULL = (4, 4, 96)
 MODELS = {

@@ -9,8 +9,8 @@ import weakref
 import numpy as np
 import pytest
 
+from pyggml_adapt.engine.sampling import SamplerParams
 from pyggml_adapt.errors import ParameterError, TokenError
-from pyggml_adapt.runtime.sampling import SamplerParams
 from pyggml_adapt.text import Tokenizer
 from pyggml_adapt.text.bpe import CHAR_OF_BYTE
 from pyggml_adapt.text.constraint import Constraint

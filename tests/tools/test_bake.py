@@ -12,7 +12,7 @@ from tiny_models import Tiny, random_ids, tensors_of, write_gguf
 from pyggml_adapt.errors import AdaptorError, FileAccessError, ModelError, OverwriteError, ParameterError
 from pyggml_adapt.ggml import Type, quantize
 from pyggml_adapt.ggml.gguf import GGUFReader
-from pyggml_adapt.runtime.host import Host
+from pyggml_adapt.host.host import Host
 from pyggml_adapt.tools import bake, merge, split, verify
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"

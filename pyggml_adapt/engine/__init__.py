@@ -1,0 +1,1 @@
+"""Computing sequences of token ids, of any tasks; it knows no text."""

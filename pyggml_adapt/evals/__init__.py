@@ -1,0 +1,1 @@
+"""What measures how good a task is: programs over a host."""

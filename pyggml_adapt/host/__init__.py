@@ -1,0 +1,1 @@
+"""The foundation, its tasks and their text, over one engine."""

@@ -1,1 +1,0 @@
-"""Runs models: host, sessions, engine, KV cache and sampling."""
